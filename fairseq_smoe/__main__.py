@@ -1,0 +1,36 @@
+"""``python -m fairseq_smoe COMMAND``: what is not a command of fairseq itself."""
+
+import argparse
+import importlib
+import sys
+
+from fairseq_smoe.errors import OneLineError
+
+# subcommand -> (module with add_arguments(parser) and run(args), what it does)
+COMMANDS = {
+    "path": ("fairseq_smoe.path", "print the folder to give to --user-dir"),
+    "prepare": ("fairseq_smoe.prepare", "parallel text to a folder that fairseq-train reads"),
+    "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m fairseq_smoe", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    argv = sys.argv[1:] if argv is None else argv
+    modules = {}
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        # import only what is asked for: some commands need fairseq or matplotlib
+        if argv[:1] == [name]:
+            modules[name] = importlib.import_module(module)
+            modules[name].add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        modules[args.command].run(args)
+    except OneLineError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""fairseq's transformer layers with an expert block in the place of the FFN sublayer."""
+
+from functools import partial
+
+from fairseq import utils
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fairseq_smoe.baselines import CMRBlock, StackedMoEBlock
+from fairseq_smoe.smoe_block import SMoEBlock
+
+
+def build_expert_block(cfg, side):
+    """The expert block that the options ask for, at the sizes of ``side``."""
+    embed_dim = getattr(cfg, side).embed_dim
+    ffn_dim = getattr(cfg, side).ffn_embed_dim
+    ffn_options = dict(
+        dropout=cfg.dropout,
+        activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+        activation_fn=utils.get_activation_fn(cfg.activation_fn),
+    )
+    block = (StackedMoEBlock if cfg.smoe_stacking else SMoEBlock)(
+        embed_dim,
+        ffn_dim,
+        strata=cfg.strata,
+        top_k=1 if cfg.moe_top1_expert else 2,
+        capacity_factor=cfg.moe_capacity_factor or None,
+        second_expert_policy=cfg.moe_second_expert_policy,
+        norm=cfg.smoe_norm,
+        eom=cfg.moe_eom,
+        **ffn_options,
+    )
+    if cfg.moe_cmr:
+        block = CMRBlock(block, embed_dim, ffn_dim, gate_drop=cfg.cmr_gate_drop, **ffn_options)
+    return block
+
+
+class _NoFFN(nn.Module):
+    """Makes the parent's FFN sublayer add nothing, so that its forward ends after attention."""
+
+    def forward(self, x):
+        return x.new_zeros(())
+
+
+class ExpertLayerMixin:
+    """Replaces the FFN sublayer of a fairseq transformer layer by an expert block.
+
+    ``routing_stats`` holds the :class:`~fairseq_smoe.smoe_block.BlockStats` of the last forward
+    pass, because fairseq's decoder drops what a layer returns beyond its three values. The reader
+    resets it to None.
+    """
+
+    def build_fc1(self, *_):
+        return _NoFFN()
+
+    def build_fc2(self, *_):
+        return nn.Identity()
+
+    def add_expert_block(self, cfg, side):
+        self.final_layer_norm = nn.Identity()  # the block owns its LayerNorms
+        self.expert_block = build_expert_block(cfg, side)
+        self.checkpoint_activations = cfg.checkpoint_activations
+        self.routing_stats = None
+
+    def maybe_checkpointed(self, function):
+        """``function``, recomputed in backward under --checkpoint-activations.
+
+        fairseq's own wrapper runs the forward pass without gradients and so would lose that of
+        the balance loss, which is no return value of the layer; torch's keeps it.
+        """
+        if self.checkpoint_activations and self.training:
+            return partial(checkpoint, function, use_reentrant=False)
+        return function
+
+    def apply_experts(self, x, padding_mask):
+        """(S, B, D) -> (S, B, D) and statistics. Tokens are taken sentence by sentence, so that
+        capacity goes to them in that order."""
+        y, stats = self.expert_block(x.transpose(0, 1), padding_mask)
+        return y.transpose(0, 1), stats
+
+
+class SMoEEncoderLayer(ExpertLayerMixin, TransformerEncoderLayerBase):
+    """Encoder layer: fairseq's self-attention sublayer, then an expert block."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.add_expert_block(cfg, "encoder")
+
+    def forward(self, x, encoder_padding_mask, attn_mask=None):
+        run = self.maybe_checkpointed(self._forward)
+        x, self.routing_stats = run(x, encoder_padding_mask, attn_mask)
+        return x
+
+    def _forward(self, x, encoder_padding_mask, attn_mask):
+        x = super().forward(x, encoder_padding_mask, attn_mask)
+        return self.apply_experts(x, encoder_padding_mask)
+
+
+class SMoEDecoderLayer(ExpertLayerMixin, TransformerDecoderLayerBase):
+    """Decoder layer: fairseq's attention sublayers, then an expert block."""
+
+    def __init__(self, cfg, no_encoder_attn=False):
+        super().__init__(cfg, no_encoder_attn)
+        self.add_expert_block(cfg, "decoder")
+
+    def forward(self, x, *args, self_attn_padding_mask=None, **kwargs):
+        run = self.maybe_checkpointed(self._forward)
+        x, attn, self.routing_stats = run(x, self_attn_padding_mask, *args, **kwargs)
+        return x, attn, None
+
+    def _forward(self, x, padding_mask, *args, **kwargs):
+        x, attn, _ = super().forward(x, *args, self_attn_padding_mask=padding_mask, **kwargs)
+        x, stats = self.apply_experts(x, padding_mask)
+        return x, attn, stats
+
+
+def expert_layers(model):
+    """``(name, layer)`` of every expert layer in ``model``, encoder first."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertLayerMixin)
+    ]

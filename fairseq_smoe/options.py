@@ -1,0 +1,222 @@
+"""Every option of the model, with its help text and its checks, in one place."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer.transformer_config import (
+    DecoderConfig,
+    EncDecBaseConfig,
+    QuantNoiseConfig,
+)
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.smoe_block import NORMS, SECOND_EXPERT_POLICIES
+from fairseq_smoe.strata import format_strata, parse_strata
+
+DEFAULT_STRATA = "4-4"
+
+
+def _option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RoutingOptions(FairseqDataclass):
+    """Options that choose and shape the expert layers."""
+
+    smoe_strata: Optional[str] = _option(
+        None,
+        "experts of each stratum, first to last, e.g. 4-4-8; a single number is a vanilla MoE "
+        f"(default: {DEFAULT_STRATA})",
+    )
+    moe_expert_count: Optional[int] = _option(
+        None, "experts of a vanilla MoE: the same as --smoe-strata with a single number"
+    )
+    moe_freq: int = _option(
+        2, "every Nth layer of encoder and decoder is an expert layer; 0 for a dense model"
+    )
+    encoder_moe_freq: Optional[int] = _option(None, "overrides --moe-freq in the encoder")
+    decoder_moe_freq: Optional[int] = _option(None, "overrides --moe-freq in the decoder")
+    moe_top1_expert: bool = _option(
+        False, "one expert per pass instead of two (Switch Transformer)"
+    )
+    moe_second_expert_policy: str = _option(
+        "sampling",
+        "second expert in training: 'sampling' draws it from the gate's distribution, 'all' takes "
+        "the second highest; translation always takes the second highest",
+    )
+    moe_capacity_factor: float = _option(
+        2.0,
+        "in training an expert takes at most this many times its even share of a gate's tokens; "
+        "0 for no limit. Translation never drops a token",
+    )
+    moe_eom: float = _option(
+        0.0, "expert output masking: fraction of expert outputs zeroed in training"
+    )
+    moe_cmr: bool = _option(
+        False, "conditional MoE routing: a dense FFN beside the experts, mixed by a gate per token"
+    )
+    cmr_gate_drop: float = _option(
+        0.0, "with --moe-cmr: fraction of tokens that bypass the experts in training"
+    )
+    smoe_stacking: bool = _option(
+        False, "apply the strata as plain MoE layers one after the other (baseline of the paper)"
+    )
+    smoe_norm: str = _option(
+        "paper",
+        "'paper' follows the paper's equations; 'released' computes what the authors' code does",
+    )
+    moe_gating_use_fp32: bool = _option(
+        True, "kept for old command lines: gates compute in float32 in any case"
+    )
+    post_norm: bool = _option(
+        False, "LayerNorm behind the residual instead of before the sublayer; dense models only"
+    )
+
+
+def _flat_transformer_fields():
+    """fairseq's TransformerConfig without nesting: ``encoder.layers`` becomes ``encoder_layers``.
+
+    The installed fairseq ignores command-line values of nested model options.
+    """
+    nested = {
+        "encoder": EncDecBaseConfig,
+        "decoder": DecoderConfig,
+        "quant_noise": QuantNoiseConfig,
+    }
+    # the decoder follows the encoder's sizes unless told otherwise
+    defaults = {
+        "encoder_normalize_before": True,
+        "decoder_normalize_before": True,
+        "share_all_embeddings": True,
+        "decoder_embed_dim": None,
+        "decoder_ffn_embed_dim": None,
+    }
+    derived = {"decoder_input_dim", "decoder_output_dim"}
+    for outer in fields(TransformerConfig):
+        config = nested.get(outer.name)
+        for inner in fields(config) if config else [outer]:
+            name = f"{outer.name}_{inner.name}" if config else inner.name
+            if name.startswith("_") or inner.name == "_name" or name in derived:
+                continue
+            kind = Optional[int] if name in defaults and defaults[name] is None else inner.type
+            default = defaults.get(name, inner.default)
+            yield name, kind, field(default=default, metadata=dict(inner.metadata))
+
+
+FlatTransformerOptions = make_dataclass(
+    "FlatTransformerOptions", list(_flat_transformer_fields()), bases=(FairseqDataclass,)
+)
+
+
+@dataclass
+class SMoETransformerOptions(RoutingOptions, FlatTransformerOptions):
+    """All options of ``--arch smoe_transformer``."""
+
+
+def expert_layer_period(options, side):
+    """N when every Nth layer of ``side`` ("encoder" or "decoder") is an expert layer, else 0."""
+    own = getattr(options, f"{side}_moe_freq")
+    return options.moe_freq if own is None else own
+
+
+def is_expert_layer(options, side, index):
+    """Whether layer ``index`` (from 0) of ``side`` is an expert layer."""
+    period = expert_layer_period(options, side)
+    return period > 0 and (index + 1) % period == 0
+
+
+def resolve_strata(options):
+    """The stratum layout that the options ask for.
+
+    Raises:
+        OptionError: the layout does not parse or contradicts ``--moe-expert-count``.
+    """
+    count = options.moe_expert_count
+    if count is not None and count < 1:
+        raise OptionError(f"--moe-expert-count {count}: expected 1 or more experts")
+    if options.smoe_strata is None:
+        return (count,) if count is not None else parse_strata(DEFAULT_STRATA)
+    strata = parse_strata(options.smoe_strata)
+    if count is not None and count != sum(strata):
+        raise OptionError(
+            f"--moe-expert-count {count} contradicts --smoe-strata {options.smoe_strata}, "
+            f"which has {sum(strata)} experts: drop --moe-expert-count"
+        )
+    return strata
+
+
+def check_options(options):
+    """Check everything that can be checked before a model is built.
+
+    Returns:
+        The strata, or None for a dense model.
+
+    Raises:
+        OptionError: names the flag, the value and what would be right.
+    """
+    strata = resolve_strata(options)
+    for name, choices in (
+        ("smoe_norm", NORMS),
+        ("moe_second_expert_policy", SECOND_EXPERT_POLICIES),
+    ):
+        value = getattr(options, name)
+        if value not in choices:
+            raise OptionError(f"{_flag(name)} {value}: expected {' or '.join(choices)}")
+    for name in ("moe_eom", "cmr_gate_drop"):
+        value = getattr(options, name)
+        if not 0 <= value < 1:
+            raise OptionError(f"{_flag(name)} {value}: expected a fraction from 0 up to, but not, 1")
+    if options.moe_capacity_factor < 0:
+        raise OptionError(
+            f"--moe-capacity-factor {options.moe_capacity_factor}: expected 0 (no limit) or more"
+        )
+    for name in ("moe_freq", "encoder_moe_freq", "decoder_moe_freq"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise OptionError(f"{_flag(name)} {value}: expected 0 (dense) or more")
+    post_norm = options.post_norm or not (
+        options.encoder_normalize_before and options.decoder_normalize_before
+    )
+
+    if _count_expert_layers(options) == 0:
+        wants_experts = options.smoe_strata is not None or options.moe_expert_count is not None
+        if wants_experts or expert_layer_period(options, "encoder") or expert_layer_period(
+            options, "decoder"
+        ):
+            raise OptionError(
+                f"--moe-freq {options.moe_freq} makes none of {options.encoder_layers}+"
+                f"{options.decoder_layers} layers an expert layer: lower it, or for a dense model "
+                "give --moe-freq 0 without --smoe-strata and --moe-expert-count"
+            )
+        return None
+    if post_norm:
+        raise OptionError(
+            f"--post-norm with --smoe-strata {format_strata(strata)}: a stratified block "
+            "normalises its own input; drop --post-norm, or use it with --moe-freq 0"
+        )
+    if options.smoe_stacking and len(strata) == 1:
+        raise OptionError(
+            f"--smoe-stacking with --smoe-strata {format_strata(strata)}: stacking needs two "
+            "strata or more, e.g. --smoe-strata 4-4"
+        )
+    if options.smoe_stacking and options.smoe_norm != "paper":
+        raise OptionError(
+            f"--smoe-norm {options.smoe_norm} with --smoe-stacking: stacked layers have a single "
+            "LayerNorm; drop --smoe-norm"
+        )
+    return strata
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _count_expert_layers(options):
+    return sum(
+        is_expert_layer(options, side, index)
+        for side in ("encoder", "decoder")
+        for index in range(getattr(options, f"{side}_layers"))
+    )

@@ -1,0 +1,145 @@
+"""Parallel text to a folder that ``fairseq-train --task smoe_translation`` reads.
+
+Text files are named ``PREFIX.A-B.A`` and ``PREFIX.A-B.B``, one sentence a line.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import sentencepiece as spm
+from tqdm import tqdm
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.task_files import LANGS_FILE
+
+DEFAULT_SPLITS = ("train=train", "valid=valid", "test=test")
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR", help="folder of the text files"
+    )
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--pairs", required=True, help="language pairs as the files name them: eng-nso,eng-tgl"
+    )
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        default=DEFAULT_SPLITS,
+        metavar="NAME=PREFIX",
+        help="which files make which split; the first must be train (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32000, help="joint SentencePiece vocabulary (%(default)s)"
+    )
+    parser.add_argument(
+        "--character-coverage", type=float, default=0.9995, help="(default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the SentencePiece sample")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+
+
+def run(args):
+    """Train SentencePiece, encode, binarise. Steps whose output is complete are skipped."""
+    source, target = Path(args.source), Path(args.to)
+    pairs = args.pairs.split(",")
+    splits = dict(split.split("=") for split in args.splits)
+    for prefix in splits.values():
+        for pair in pairs:
+            check_parallel(source, prefix, pair)
+    target.mkdir(parents=True, exist_ok=True)
+    model = train_sentencepiece(source, target, pairs, splits["train"], args)
+    dictionary = write_dictionary(model, target)
+    write_languages(pairs, target)
+    jobs = [(name, prefix, pair) for name, prefix in splits.items() for pair in pairs]
+    for name, prefix, pair in tqdm(jobs, desc="encode", unit="file pair"):
+        encode(model, source, target / "pieces", name, prefix, pair)
+    for pair in tqdm(pairs, desc="binarise", unit="language pair"):
+        binarise(target, dictionary, pair, list(splits), args.workers)
+
+
+def check_parallel(folder, prefix, pair):
+    """Both files exist and have the same number of lines, else an OptionError naming them."""
+    counts = {}
+    for lang in pair.split("-"):
+        path = folder / f"{prefix}.{pair}.{lang}"
+        if not path.exists():
+            raise OptionError(f"{path}: no such file; --pairs and --splits ask for it")
+        with open(path, "rb") as handle:
+            counts[path] = sum(1 for _ in handle)
+    (first, m), (second, n) = counts.items()
+    if m != n:
+        raise OptionError(f"{first} has {m} lines, {second} has {n}: they must be parallel")
+
+
+def train_sentencepiece(source, target, pairs, prefix, args):
+    path = target / "spm.model"
+    if not path.exists():
+        spm.set_random_generator_seed(args.seed)
+        spm.SentencePieceTrainer.train(
+            input=[str(source / f"{prefix}.{p}.{lang}") for p in pairs for lang in p.split("-")],
+            model_prefix=str(target / "spm.part"),
+            vocab_size=args.vocab_size,
+            character_coverage=args.character_coverage,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            num_threads=args.workers,
+            minloglevel=1,
+        )
+        (target / "spm.part.vocab").unlink()
+        (target / "spm.part.model").rename(path)
+    return spm.SentencePieceProcessor(model_file=str(path))
+
+
+def write_dictionary(model, target):
+    """fairseq's dictionary of the same pieces; it brings its own special symbols."""
+    pieces = [
+        model.id_to_piece(i)
+        for i in range(model.get_piece_size())
+        if not (model.is_control(i) or model.is_unknown(i))
+    ]
+    path = target / "dict.txt"
+    path.write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    return path
+
+
+def write_languages(pairs, target):
+    langs = sorted({lang for pair in pairs for lang in pair.split("-")})
+    (target / LANGS_FILE).write_text("\n".join(langs) + "\n", encoding="utf-8")
+
+
+def encode(model, source, folder, name, prefix, pair):
+    folder.mkdir(exist_ok=True)
+    for lang in pair.split("-"):
+        path = folder / f"{name}.{pair}.{lang}"
+        if path.exists():
+            continue
+        part = path.with_name(path.name + ".part")
+        with open(source / f"{prefix}.{pair}.{lang}", encoding="utf-8") as text:
+            lines = [line.rstrip("\n") for line in text]
+        with open(part, "w", encoding="utf-8") as out:
+            for pieces in model.encode(lines, out_type=str):
+                out.write(" ".join(pieces) + "\n")
+        part.rename(path)
+
+
+def binarise(target, dictionary, pair, splits, workers):
+    first, second = pair.split("-")
+    done = target / f".{pair}.done"
+    if done.exists():
+        return
+    command = [sys.executable, "-m", "fairseq_cli.preprocess"]
+    command += ["--source-lang", first, "--target-lang", second]
+    command += ["--srcdict", str(dictionary), "--tgtdict", str(dictionary)]
+    command += ["--destdir", str(target), "--workers", str(workers)]
+    tests = [name for name in splits if name.startswith("test")]
+    for option, names in (("train", ["train"]), ("valid", ["valid"]), ("test", tests)):
+        prefixes = ",".join(str(target / "pieces" / f"{name}.{pair}") for name in names)
+        command += [f"--{option}pref", prefixes]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    if outcome.returncode:
+        raise OptionError(f"fairseq-preprocess failed for {pair}: {outcome.stderr[-500:]}")
+    done.touch()
+

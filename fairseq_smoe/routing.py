@@ -1,0 +1,85 @@
+"""Routing of one gate, as pure functions.
+
+Letters in names: T tokens at the gate, D model dim, E experts the gate sees, K choices per token.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def gate_logits(tokens_TD, weight_ED):
+    """Logits of a gate (paper, eq. 5), in at least float32.
+
+    Half precision has too few digits to separate close experts and overflows in the softmax,
+    so the gate leaves it, under autocast too.
+    """
+    dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
+    with torch.autocast(tokens_TD.device.type, enabled=False):
+        return F.linear(tokens_TD.to(dtype), weight_ED.to(dtype))
+
+
+def choose_experts(logits_TE, top_k, sample_second=False):
+    """The experts each token visits, best first.
+
+    Args:
+        logits_TE: gate logits.
+        top_k: choices per token, 1 or 2; a gate that sees a single expert gives one choice.
+        sample_second: draw the second expert from the remaining probabilities (by Gumbel noise)
+            instead of taking the highest.
+
+    Returns:
+        (K, T) int64.
+    """
+    if min(top_k, logits_TE.shape[1]) == 1:
+        return logits_TE.argmax(dim=1).unsqueeze(0)
+    if not sample_second:
+        return logits_TE.topk(2, dim=1).indices.t()
+    first_T = logits_TE.argmax(dim=1)
+    # Gumbel-max: argmax of logits + noise is a draw from their softmax
+    noise_TE = -torch.empty_like(logits_TE).exponential_().log()
+    others_TE = (logits_TE.detach() + noise_TE).scatter(1, first_T.unsqueeze(1), -math.inf)
+    return torch.stack([first_T, others_TE.argmax(dim=1)])
+
+
+def expert_capacity(num_tokens, num_experts, factor):
+    """Rows an expert takes in training: ``factor`` times the even share, rounded up before the
+    factor applies (paper, section 4.3, with factor 2; the rounding is that of the authors' runs).
+    """
+    return int(factor * math.ceil(num_tokens / num_experts))
+
+
+def combine_weights(scores_TE, experts_KT, kept_KT=None):
+    """Weight of every choice in a token's output (paper, eq. 6).
+
+    One choice is weighted by its probability. Two choices are renormalised to sum to 1 over those
+    that found room, as GShard and the authors' code do (the paper prints the bare probabilities).
+
+    Args:
+        scores_TE: gate probabilities.
+        experts_KT: chosen experts.
+        kept_KT: bool, False where the expert was full; None when nothing was dropped.
+
+    Returns:
+        (K, T), zero where a choice was dropped.
+    """
+    weights_KT = scores_TE.t().gather(0, experts_KT)
+    if kept_KT is not None:
+        weights_KT = weights_KT * kept_KT
+    if len(experts_KT) > 1:
+        total_T = weights_KT.sum(dim=0)
+        weights_KT = weights_KT / total_T.clamp(min=torch.finfo(total_T.dtype).eps)
+    return weights_KT
+
+
+def balance_loss(scores_TE, first_T):
+    """Load balance of one gate: E * sum over e of f_e * p_e (paper, section 3.2).
+
+    f_e is the fraction of tokens whose first choice is e, p_e the mean probability of e. 1 when
+    the load is even, E when one expert takes all; 0 when the gate saw no token.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    counts_E = torch.bincount(first_T, minlength=num_experts).to(scores_TE.dtype)
+    share_E = scores_TE.sum(dim=0) / max(num_tokens, 1)
+    return num_experts * (counts_E / max(num_tokens, 1) * share_E).sum()

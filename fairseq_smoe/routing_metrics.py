@@ -1,0 +1,74 @@
+"""What a user can see of the routing: numbers per batch, averaged by fairseq's loggers.
+
+Every number is an average over *all* gates of all expert layers that saw tokens.
+"""
+
+import math
+
+import torch
+
+# fairseq's progress line, JSON log and TensorBoard show these under their names
+GATE_METRICS = (
+    "overflow_expert1",  # percent of first choices that found their expert full
+    "overflow_expert2",  # percent of second choices that did
+    "entropy_gating",  # nats; log(E) when a gate does not distinguish its E experts
+    "expert1_balance_top",  # percent of first choices on the busiest fifth of the experts
+    "expert1_balance_bottom",  # percent on the idlest fifth
+    "unused_expert1_count",  # experts that were no token's first choice
+)
+
+
+def gate_metrics(record):
+    """The :data:`GATE_METRICS` of one gate.
+
+    Args:
+        record: :class:`~fairseq_smoe.smoe_block.GateRecord` of a gate that saw at least one token.
+
+    Returns:
+        (6,) float32, without gradient and without waiting for the device.
+    """
+    scores_TE, first_T = record.scores_TE.float(), record.experts_KT[0]
+    num_tokens, num_experts = scores_TE.shape
+    percent_E = torch.bincount(first_T, minlength=num_experts).float() * (100 / num_tokens)
+    percent_E = percent_E.sort(descending=True).values
+    fifth = math.ceil(num_experts / 5)
+    zero = scores_TE.new_zeros(())
+    overflow = [zero, zero]
+    if record.kept_KT is not None:
+        for k, kept_T in enumerate(record.kept_KT):
+            overflow[k] = 100 * (1 - kept_T.float().mean())
+    return torch.stack(
+        [
+            *overflow,
+            torch.special.entr(scores_TE).sum(dim=1).mean(),
+            percent_E[:fifth].sum(),
+            percent_E[-fifth:].sum(),
+            (percent_E == 0).sum().float(),
+        ]
+    )
+
+
+def routing_metrics(stats_by_layer):
+    """Sums and counts of one batch, ready to be added over batches and processes.
+
+    Args:
+        stats_by_layer: ``{layer name: BlockStats}``; names start with ``encoder.`` or ``decoder.``
+
+    Returns:
+        dict of tensors and numbers: ``routing_gates`` (how many gates saw tokens), one sum over
+        those gates per name in :data:`GATE_METRICS`, and for both sides ``<side>_passes`` (sum of
+        requested capacity) and ``<side>_routed`` (number of tokens times layers).
+    """
+    seen = [
+        gate_metrics(record)
+        for stats in stats_by_layer.values()
+        for record in stats.gates
+        if len(record.scores_TE)
+    ]
+    sums = torch.stack(seen).sum(dim=0) if seen else torch.zeros(len(GATE_METRICS))
+    result = {"routing_gates": len(seen), **dict(zip(GATE_METRICS, sums.unbind()))}
+    for side in ("encoder", "decoder"):
+        passes = [s.passes for name, s in stats_by_layer.items() if side in name.split(".")]
+        result[f"{side}_passes"] = sum((p.sum().float() for p in passes), torch.zeros(()))
+        result[f"{side}_routed"] = sum((p.gt(0).sum().float() for p in passes), torch.zeros(()))
+    return result

@@ -1,0 +1,62 @@
+"""Stratum layouts in the paper's notation: ``4-4-8`` is three strata of 4, 4 and 8 experts."""
+
+from fairseq_smoe.errors import OptionError
+
+
+def parse_strata(text):
+    """Read a stratum layout.
+
+    Args:
+        text: sizes joined by hyphens, e.g. ``"4-4-8"``; a single number is one stratum.
+
+    Returns:
+        Tuple of positive ints.
+
+    Raises:
+        OptionError: the text does not parse, or a stratum has no expert.
+    """
+    sizes = str(text).split("-")
+    if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
+        raise OptionError(
+            f"--smoe-strata {text!r}: expected the number of experts of each stratum, "
+            "1 or more, joined by hyphens, as in 4-4-8"
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def format_strata(strata):
+    """The inverse of :func:`parse_strata`: ``(4, 4, 8)`` -> ``"4-4-8"``."""
+    return "-".join(map(str, strata))
+
+
+def visible_experts(strata):
+    """Which experts each gate sees: its own stratum and all later ones (paper, section 3.1).
+
+    Returns:
+        One ``range`` of expert indices per stratum; all of them end at the last expert.
+    """
+    total = sum(strata)
+    return [range(sum(strata[:i]), total) for i in range(len(strata))]
+
+
+def own_experts(strata):
+    """The experts of each stratum itself, one ``range`` per stratum."""
+    return [range(sum(strata[:i]), sum(strata[: i + 1])) for i in range(len(strata))]
+
+
+def mean_requested_capacity(strata):
+    """Expected passes per token when every gate chooses uniformly (paper, section 4.4, FLOPs).
+
+    R_L = 1 and R_i = 1 + sum over j in i..L-1 of (n_j / E_i) * R_{j+1}.
+    """
+    following = 0.0
+    capacities = []
+    for i in reversed(range(len(strata))):
+        visible = sum(strata[i:])
+        # capacities[k] belongs to stratum L-k; a best expert in stratum j sends the token to j+1
+        following = 1 + sum(
+            strata[j] / visible * capacities[len(strata) - 2 - j]
+            for j in range(i, len(strata) - 1)
+        )
+        capacities.append(following)
+    return following

@@ -1,0 +1,150 @@
+"""``smoe_translation``: many-to-many translation with per-direction scores and routing statistics."""
+
+import json
+import os
+from bisect import bisect_right
+
+import torch
+from fairseq import utils
+from fairseq.data import ConcatDataset
+from fairseq.tasks import register_task
+from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+
+from fairseq_smoe.capacity_meter import CapacityMeter
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.task_files import LANGS_FILE
+
+
+
+class DirectionDataset(ConcatDataset):
+    """The datasets of several directions as one, whose batches know each sentence's direction.
+
+    A batch gains ``direction``: (B,) int64, the index of the dataset a sentence is from. ``id``
+    counts over all datasets.
+    """
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["id"] = index
+        return sample
+
+    def collater(self, samples, **extra_args):
+        batch = super().collater(samples, **extra_args)
+        if batch:
+            directions = [bisect_right(self.cumulative_sizes, i) for i in batch["id"].tolist()]
+            batch["direction"] = torch.tensor(directions)
+        return batch
+
+
+@register_task("smoe_translation")
+class SMoETranslationTask(TranslationMultiSimpleEpochTask):
+    """Many-to-many translation on top of ``translation_multi_simple_epoch``.
+
+    By default the target language's token stands in front of the source (paper, section 4.3) and
+    of the target, and directions are sampled by temperature 1, i.e. by size. The languages are
+    read from ``langs.txt`` in the data folder where neither --langs nor --lang-dict is given, so
+    that training and translation agree on the vocabulary.
+    """
+
+    @staticmethod
+    def add_args(parser):
+        TranslationMultiSimpleEpochTask.add_args(parser)
+        parser.set_defaults(
+            encoder_langtok="tgt",
+            decoder_langtok=True,
+            sampling_method="temperature",
+            sampling_temperature=1.0,
+        )
+        parser.add_argument(
+            "--no-decoder-langtok",
+            dest="decoder_langtok",
+            action="store_false",
+            help="put no language token in front of the target",
+        )
+        parser.add_argument(
+            "--requested-capacity-file",
+            metavar="FILE",
+            help="at generation: keep the mean requested capacity of encoder and decoder, per "
+            "expert layer, in FILE (JSON)",
+        )
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        complete_languages(args)
+        return super().setup_task(args, **kwargs)
+
+    def __init__(self, args, langs, dicts, training):
+        super().__init__(args, langs, dicts, training)
+        self.capacity_meter = None
+
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        super().load_dataset(split, epoch, combine, **kwargs)
+        dataset = self.datasets[split]
+        if self.training and isinstance(dataset, ConcatDataset):
+            self.datasets[split] = DirectionDataset(dataset.datasets)
+
+    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
+        self.capacity_meter = CapacityMeter(models)
+        return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
+
+    def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        hypotheses = super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        self._report_capacity(len(sample["id"]))
+        return hypotheses
+
+    def _report_capacity(self, num_sentences):
+        meter, path = self.capacity_meter, getattr(self.args, "requested_capacity_file", None)
+        meter.sentences += num_sentences
+        if path and meter.layers:
+            # rewritten after every batch: fairseq tells a task of no last one
+            with open(path + ".tmp", "w", encoding="utf-8") as handle:
+                json.dump({"direction": self.lang_pairs[0], **meter.summary()}, handle, indent=1)
+            os.replace(path + ".tmp", path)
+
+
+def complete_languages(args):
+    """Fill in ``args.lang_pairs`` and the list of languages, and check that they fit together.
+
+    Raises:
+        OptionError: a language is missing or the data folder does not exist.
+    """
+    folder = utils.split_paths(args.data)[0]
+    if not os.path.isdir(folder):
+        raise OptionError(f"{folder}: no such data folder; give the output of fairseq-preprocess")
+    if args.source_lang and args.target_lang and args.lang_pairs is None:
+        args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
+    if args.lang_pairs is None:
+        raise OptionError("--lang-pairs: give the directions to train, e.g. --lang-pairs en-de,de-en")
+    if args.langs is None and args.lang_dict is None:
+        langs_file = os.path.join(folder, LANGS_FILE)
+        if os.path.exists(langs_file):
+            args.lang_dict = langs_file
+    langs = known_languages(args)
+    pairs = args.lang_pairs.split(",") if isinstance(args.lang_pairs, str) else args.lang_pairs
+    if args.source_lang or args.target_lang:
+        pairs = [f"{args.source_lang}-{args.target_lang}"]
+    for pair in pairs:
+        if pair.count("-") != 1:
+            raise OptionError(
+                f"--lang-pairs {pair}: expected source and target joined by one hyphen, e.g. en-de"
+            )
+        for lang in pair.split("-"):
+            if langs is not None and lang not in langs:
+                flag = "--langs" if args.langs else "--lang-dict"
+                given = ",".join(args.langs) if args.langs else args.lang_dict
+                raise OptionError(
+                    f"{flag} {given}: {lang} is missing, which {pair} needs; list every language "
+                    "of the training, in the same order"
+                )
+
+
+def known_languages(args):
+    """The languages of --langs or --lang-dict; None when neither is given."""
+    if args.langs:
+        return args.langs if isinstance(args.langs, list) else args.langs.split(",")
+    if args.lang_dict:
+        if not os.path.exists(args.lang_dict):
+            raise OptionError(f"--lang-dict {args.lang_dict}: no such file")
+        with open(args.lang_dict, encoding="utf-8") as handle:
+            return [line.strip() for line in handle if line.strip()]
+    return None
