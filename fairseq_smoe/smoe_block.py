@@ -129,9 +129,7 @@ class SMoEBlock(nn.Module):
         self.experts = Experts(
             sum(strata), embed_dim, ffn_dim, activation_fn, activation_dropout
         )
-        stratum_E = torch.repeat_interleave(
-            torch.arange(len(strata)), torch.tensor(self.strata)
-        )
+        stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
         self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
 
     def _visible_experts(self):

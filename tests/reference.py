@@ -53,7 +53,7 @@ def reference_block(params, strata, x, *, top_k=2, capacity_factor=None, norm="p
 
         choices = {}
         for t in here:
-            ranked = sorted(range(len(visible)), key=lambda e: -float(probs[t][e]))
+            ranked = sorted(range(len(visible)), key=lambda e: -probs[t][e].item())
             choices[t] = ranked[:top_k]
 
         queues = {e: [] for e in range(len(visible))}
