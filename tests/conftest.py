@@ -1,0 +1,83 @@
+"""Data and trained models for the end-to-end tests.
+
+They are made once, by the first test that asks, and shared by all workers of ``pytest -n``.
+"""
+
+import os
+import shutil
+
+import pytest
+import toy_task
+from filelock import FileLock
+
+# before torch is imported: more threads only slow such small models down
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; deselect with -m 'not slow'")
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory):
+    """``make_once(name, make)`` calls ``make(folder)`` with a new folder, once, and returns it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the part that workers have in common
+
+    def make_once(name, make):
+        folder = base / "shared" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            done = folder / ".done"
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def text(make_once):
+    """Folder of the toy task's text files."""
+    return make_once("text", toy_task.write_corpus)
+
+
+@pytest.fixture(scope="session")
+def data(make_once, text):
+    """Folder of the binarised toy task."""
+    return make_once("data", lambda folder: toy_task.preprocess(text, folder))
+
+
+@pytest.fixture(scope="session")
+def trained(make_once, data):
+    """``trained(name)``: checkpoint of a row of ``toy_task.MODELS`` that has learned the task."""
+
+    def trained(name):
+        def make(folder):
+            toy_task.train(data, folder, *toy_task.MODELS[name], **toy_task.LONG_ENOUGH)
+
+        return make_once(f"trained-{name}", make) / "checkpoint_last.pt"
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def short_run(make_once, data):
+    """A folder with 30 updates of the SMoE model: ``checkpoint_last.pt``, ``stdout`` and
+    ``tensorboard/``."""
+
+    def make(folder):
+        outcome = toy_task.train(
+            data,
+            folder,
+            *toy_task.MODELS["smoe"],
+            max_update=30,
+            tensorboard_logdir=folder / "tensorboard",
+        )
+        (folder / "stdout").write_text(outcome.stdout)
+
+    return make_once("short-run", make)
