@@ -9,7 +9,9 @@ from fairseq_smoe.errors import OneLineError
 # subcommand -> (module with add_arguments(parser) and run(args), what it does)
 COMMANDS = {
     "path": ("fairseq_smoe.path", "print the folder to give to --user-dir"),
+    "catalogues": ("fairseq_smoe.catalogues", "translation catalogues to parallel text"),
     "prepare": ("fairseq_smoe.prepare", "parallel text to a folder that fairseq-train reads"),
+    "compare": ("fairseq_smoe.compare", "scores and requested capacity of several models"),
     "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
 }
 

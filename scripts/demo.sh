@@ -1,0 +1,207 @@
+#!/usr/bin/env bash
+# Trains and compares two small translation models; "bash scripts/demo.sh --help" says more.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: bash scripts/demo.sh [DIR]
+
+Trains a stratified mixture of experts (SMoE-2-2-2-2) and a vanilla mixture of as many experts
+(MoE-8) to translate between English and German, Spanish, Indonesian and Russian, on text from
+the translation catalogues of well-known packages. Translates a test set with both, and prints
+BLEU, chrF and requested capacity side by side. Takes about six minutes on two CPU cores, with
+the installation into .venv-demo; needs Linux, Python 3.11 or 3.12 and a package index, no GPU.
+
+DIR       folder for everything the demo makes (default: demo-output)
+PYTHON    environment variable: the Python to use (default: python3)
+
+Finished steps are skipped and an interrupted training goes on from its last checkpoint: start
+the script again at any time. To start afresh, delete DIR.
+END
+}
+
+LANGS=(de es id ru)
+MODELS=(SMoE-2-2-2-2 MoE-8)
+declare -A STRATA=([SMoE-2-2-2-2]=2-2-2-2 [MoE-8]=8)
+UPDATES=900
+VOCABULARY=2000
+DIRECTIONS=()
+for lang in "${LANGS[@]}"; do DIRECTIONS+=("en-$lang" "$lang-en"); done
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+main() {
+    case "${1:-}" in
+        -h | --help) usage; exit ;;
+        -*) die "$1: unknown option; see bash scripts/demo.sh --help" ;;
+    esac
+    out=$(realpath -m "${1:-$(dirname "$0")/../demo-output}")
+    cd "$(dirname "$0")/.."
+    venv=$PWD/.venv-demo
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
+        die "PYTHON=$python: expected Python 3.11 or 3.12; set PYTHON to one, e.g. python3.11"
+    mkdir -p "$out/logs"
+    trap stop_running_step EXIT
+    # each model has a core of its own; fairseq's dependencies warn about much, nothing of use here
+    export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
+
+    local requirements
+    requirements=$(cksum <setup.py | cut -d ' ' -f 1)
+    step install "$venv/complete-$requirements" "install into .venv-demo"
+    export PATH=$venv/bin:$PATH
+    user_dir=$(python -m fairseq_smoe path)
+    step collect "$out/text/complete" "collect parallel text from translation catalogues"
+    step prepare "$out/data/complete" "train SentencePiece, encode, binarise"
+    step train "$out/trained" "train ${MODELS[*]}: $UPDATES updates each, in parallel" training_status
+    step translate "$out/translated" "translate the test sets in ${#DIRECTIONS[@]} directions" translation_status
+    echo "== score"
+    python -m fairseq_smoe compare "${MODELS[@]/#/$out/}" --to "$out"
+    closing_words
+}
+
+# step FUNCTION MARKER TITLE [STATUS]: run FUNCTION unless an earlier run has left MARKER. Its
+# output goes to a log; meanwhile show what STATUS prints, and the seconds.
+step() {
+    local log=$out/logs/$1.log started=$SECONDS
+    echo "== $3"
+    if [[ -e $2 ]]; then
+        echo "   already done"
+        return
+    fi
+    set -m # a process group of its own, so that all of it can be stopped
+    (set -e && "$1") >"$log" 2>&1 &
+    running=$!
+    set +m
+    watch_progress $running "${4:-:}"
+    wait $running || die "$3: failed; the reason is at the end of $out/logs/$1*.log"
+    running=
+    touch "$2"
+    echo "   done in $((SECONDS - started)) s"
+}
+
+# A line that is rewritten every second on a terminal; elsewhere a new line now and then.
+watch_progress() {
+    local every=1 before=$'\r\e[K' after='' started=$SECONDS
+    if [[ ! -t 1 ]]; then every=20 before='' after=$'\n'; fi
+    while kill -0 "$1" 2>/dev/null; do
+        sleep 1
+        if (((SECONDS - started) % every == 0)); then
+            printf '%s   %s%d s%s' "$before" "$($2)" $((SECONDS - started)) "$after"
+        fi
+    done
+    if [[ -t 1 ]]; then printf '%s' "$before"; fi
+}
+
+stop_running_step() {
+    if [[ -n ${running:-} ]]; then kill -- "-$running" 2>/dev/null || true; fi
+}
+
+install() {
+    "$python" -m venv "$venv" # says itself what to install where the module is missing
+    # first and alone: the newest torch may be a download of gigabytes
+    "$venv/bin/pip" install torch==2.13.0
+    "$venv/bin/pip" install ".[demo]"
+}
+
+collect() {
+    # the packages are read, not imported: no dependencies, and beside the environment
+    pip install --no-deps --no-compile --upgrade --target "$out/packages" \
+        -r scripts/demo-catalogues.txt
+    python -m fairseq_smoe catalogues --from "$out/packages" --to "$out/text" \
+        --langs "$(joined "${LANGS[@]}")"
+}
+
+prepare() {
+    python -m fairseq_smoe prepare --from "$out/text" --to "$out/data" \
+        --pairs "$(joined "${LANGS[@]/#/en-}")" --vocab-size $VOCABULARY
+}
+
+train() {
+    local model pids=()
+    for model in "${MODELS[@]}"; do
+        train_one "$model" >"$out/logs/train-$model.log" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid"; done
+}
+
+train_one() {
+    fairseq-train "$out/data" --user-dir "$user_dir" --save-dir "$out/$1/checkpoints" \
+        --task smoe_translation --lang-pairs "$(joined "${DIRECTIONS[@]}")" \
+        --arch smoe_transformer_tiny --smoe-strata "${STRATA[$1]}" --dropout 0 \
+        --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1 --lr 5e-3 \
+        --lr-scheduler polynomial_decay --warmup-updates 100 --total-num-update $UPDATES \
+        --max-update $UPDATES --max-tokens 1500 --seed 1 --cpu \
+        --save-interval-updates 100 --keep-interval-updates 1 --no-epoch-checkpoints \
+        --validate-interval 1000 --validate-interval-updates $UPDATES \
+        --log-format json --log-interval 10
+}
+
+translate() {
+    export -f translate_one
+    export out user_dir
+    local model direction
+    for model in "${MODELS[@]}"; do
+        mkdir -p "$out/$model/translations"
+        for direction in "${DIRECTIONS[@]}"; do
+            echo "$out/$model" "$direction"
+        done
+    done | xargs -P 2 -n 2 bash -euc 'translate_one "$@"' translate_one
+}
+
+translate_one() {
+    local result=$1/translations/$2
+    if [[ -e $result.out ]]; then return; fi
+    fairseq-generate "$out/data" --user-dir "$user_dir" --path "$1/checkpoints/checkpoint_last.pt" \
+        --task smoe_translation --source-lang "${2%-*}" --target-lang "${2#*-}" \
+        --gen-subset test --beam 5 --post-process sentencepiece --max-tokens 4000 --cpu \
+        --requested-capacity-file "$result.json" >"$result.part"
+    mv "$result.part" "$result.out"
+}
+
+training_status() {
+    local model done
+    for model in "${MODELS[@]}"; do
+        done=$(grep -o '"num_updates": "[0-9]*' "$out/logs/train-$model.log" 2>/dev/null | tail -n 1)
+        printf '%s %s  ' "$model" "$(bar "${done##*\"}" $UPDATES)"
+    done
+}
+
+translation_status() {
+    local finished
+    finished=$(find "$out" -path '*/translations/*.out' | wc -l)
+    printf '%s  ' "$(bar "$finished" $((${#DIRECTIONS[@]} * ${#MODELS[@]})))"
+}
+
+# bar DONE TOTAL: [#####-----] 450/900
+bar() {
+    local filled=$((${1:-0} * 20 / $2)) full=#################### empty=--------------------
+    printf '[%s%s] %d/%d' "${full:0:filled}" "${empty:filled}" "${1:-0}" "$2"
+}
+
+joined() {
+    local IFS=,
+    echo "$*"
+}
+
+closing_words() {
+    local model=${MODELS[0]}
+    cat <<END
+
+table:        $out/table.md
+picture:      $out/requested-capacity-$model.png
+checkpoints:  ${MODELS[*]/%//checkpoints} in $out
+Translate a sentence of your own (any direction of the table):
+  echo "Unable to delete the page." | $venv/bin/fairseq-interactive $out/data \\
+    --user-dir $user_dir --path $out/$model/checkpoints/checkpoint_last.pt \\
+    --task smoe_translation --source-lang en --target-lang de --beam 5 --cpu \\
+    --bpe sentencepiece --sentencepiece-model $out/data/spm.model
+END
+}
+
+main "$@"
