@@ -1,0 +1,163 @@
+"""Every repair in compat.py is needed, and works. Those that show only in a whole training have
+their tests in test_cli_resume.py (two processes) and test_cli_training.py (precisions)."""
+
+import argparse
+import io
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
+
+import fairseq_smoe
+from fairseq_smoe.errors import NonFiniteGateError, OptionError
+
+fairseq_smoe.register()
+
+
+def saved(value):
+    """``value`` as a file that torch.save wrote."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+@pytest.fixture
+def fairseq_checkpoint():
+    """What fairseq writes beside tensors: options, and metrics computed with numpy."""
+    return {
+        "args": argparse.Namespace(arch="smoe_transformer"),
+        "best": np.float64(1.5),
+        "bleu": np.float32(2.5),
+        "counts": [np.int64(3), np.int32(4)],
+        "totals": np.array([1, 2, 3]),
+    }
+
+
+def test_torch_loads_fairseq_checkpoints(fairseq_checkpoint):
+    loaded = torch.load(saved(fairseq_checkpoint))  # weights only, which is torch's default
+    assert loaded.pop("totals").tolist() == [1, 2, 3]
+    fairseq_checkpoint.pop("totals")
+    assert loaded == fairseq_checkpoint
+
+
+def test_torch_refuses_fairseq_checkpoints_without_the_repair(fairseq_checkpoint):
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        for value in fairseq_checkpoint.values():
+            with pytest.raises(pickle.UnpicklingError):
+                torch.load(saved(value))
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+
+
+def test_torch_still_refuses_other_types():
+    class Anything:
+        pass
+
+    Anything.__qualname__ = "Anything"
+    globals()["Anything"] = Anything
+    try:
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(saved(Anything()))
+    finally:
+        del globals()["Anything"]
+
+
+def test_processes_of_one_training_exchange_configurations():
+    """On resume, rank 0 sends them pickled; only there are such types accepted."""
+    message = {"cfg": OmegaConf.create({"model": {"smoe_strata": "4-4"}})}
+    assert distributed_utils.torch.load(saved(message)) == message
+    assert distributed_utils.torch.zeros is torch.zeros
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(saved(message))
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fairseq counts GPUs itself")
+def test_torchrun_decides_the_number_of_processes_on_a_cpu(under_torchrun):
+    cfg = OmegaConf.structured(FairseqConfig).distributed_training
+    assert cfg.distributed_world_size <= 1
+    distributed_utils.infer_init_method(cfg)
+    assert (cfg.distributed_world_size, cfg.distributed_rank) == (2, 1)
+    assert cfg.distributed_init_method == "env://"
+    assert cfg.distributed_backend == "gloo"
+    assert cfg.distributed_no_spawn
+
+
+def test_a_single_process_stays_single():
+    cfg = OmegaConf.structured(FairseqConfig).distributed_training
+    before = cfg.distributed_world_size
+    distributed_utils.infer_init_method(cfg)
+    assert cfg.distributed_world_size == before
+    assert cfg.distributed_init_method is None or torch.cuda.device_count() > 1
+
+
+def test_ddp_gets_no_gpu_for_a_model_on_the_cpu(tmp_path, monkeypatch):
+    """As fairseq calls it for --ddp-backend pytorch_ddp."""
+    from fairseq.models import distributed_fairseq_model
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch.distributed puts its own there
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = distributed_fairseq_model.DistributedDataParallel(
+            torch.nn.Linear(2, 2), device_ids=[0], output_device=0
+        )
+        assert wrapped.device_ids is None
+        wrapped(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(ValueError, match="device_ids"):
+            torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2), device_ids=[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------
+# errors in one line
+
+
+def printed_at_the_end_by(error, capsys):
+    sys.excepthook(type(error), error, error.__traceback__)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [OptionError, NonFiniteGateError])
+def test_user_errors_are_printed_in_one_line(kind, capsys):
+    assert printed_at_the_end_by(kind("--flag 3: too much"), capsys) == "error: --flag 3: too much\n"
+
+
+def test_user_errors_are_found_inside_those_of_fairseq(capsys):
+    try:
+        try:
+            raise OptionError("--flag 3: too much")
+        except OptionError as error:
+            raise RuntimeError("Cannot load model parameters") from error
+    except RuntimeError as wrapped:
+        assert printed_at_the_end_by(wrapped, capsys) == "error: --flag 3: too much\n"
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    try:
+        raise ValueError("a mistake in the program")
+    except ValueError as error:
+        printed = printed_at_the_end_by(error, capsys)
+    assert "Traceback" in printed and "a mistake in the program" in printed
+
+
+def test_repairs_are_applied_once_however_often_the_plugin_is_registered():
+    hook, infer = sys.excepthook, distributed_utils.infer_init_method
+    fairseq_smoe.register()
+    assert sys.excepthook is hook and distributed_utils.infer_init_method is infer
