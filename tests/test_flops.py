@@ -1,0 +1,33 @@
+"""Sizes of the real models against those that the paper prints."""
+
+import pytest
+
+from fairseq_smoe.flops import count_row
+from fairseq_smoe.paper_rows import TABLES
+
+# rows whose printed FLOPs do not follow from the paper's own counting rule (343M and 808M do)
+PRINTED_FLOPS_DIFFER = {"Stacking 4 2-expert MoE"}
+
+ROWS = [
+    pytest.param(table, row, id=f"{name}: {row.method}")
+    for name, table in TABLES.items()
+    for row in table.rows
+]
+
+
+def printed_range(text):
+    """What may have been cut off: "148M" stands for 148 to 149 million."""
+    number, unit = text[:-1], {"M": 1e6, "B": 1e9}[text[-1]]
+    last_digit = 10 ** -len(number.partition(".")[2])
+    return float(number) * unit, (float(number) + last_digit) * unit
+
+
+@pytest.mark.parametrize("table, row", ROWS)
+def test_size_of_row(table, row):
+    params, flops = count_row(table, row)
+    low, high = printed_range(row.params)
+    assert low * 0.995 <= params <= max(high, low * 1.005)
+    dense_row = table.rows[0]
+    _, dense_flops = count_row(table, dense_row)
+    if row.method not in PRINTED_FLOPS_DIFFER:
+        assert flops / dense_flops == pytest.approx(row.mflops / dense_row.mflops, rel=0.01)
