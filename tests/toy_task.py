@@ -54,7 +54,7 @@ def option_list(options):
 
 
 # a model learns the task in these updates; shorter trainings keep fairseq-train's defaults
-LONG_ENOUGH = {"max_update": 300, "total_num_update": 300, "warmup_updates": 50, "dropout": 0}
+LONG_ENOUGH = {"max_update": 400, "total_num_update": 400, "warmup_updates": 50, "dropout": 0}
 
 
 # --------------------------------------------------------------------------------------
