@@ -11,9 +11,9 @@ import polib
 
 from fairseq_smoe.errors import OptionError
 
-VALID_SHARE, TEST_SHARE = 0.03, 0.06  # of the texts that are long enough to be worth translating
-MIN_HELD_OUT_WORDS = 4  # shorter texts are labels such as "Add user": they go to the training data
-MAX_WORDS = 12
+VALID_SHARE, TEST_SHARE = 0.04, 0.07  # of the texts that are long enough to be worth translating
+MIN_HELD_OUT_WORDS = 3  # shorter texts are labels such as "Add user": they go to the training data
+MAX_WORDS = 8
 
 # <b>, &nbsp;, %s, %(name)s, {name}, ``literal``: code, which a translation copies
 _MARKUP = re.compile(r"<[a-z/!]|&#?\w+;|%[(a-z]|[{}]|``", re.IGNORECASE)

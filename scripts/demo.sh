@@ -23,7 +23,7 @@ END
 LANGS=(de es id ru)
 MODELS=(SMoE-2-2-2-2 MoE-8)
 declare -A STRATA=([SMoE-2-2-2-2]=2-2-2-2 [MoE-8]=8)
-UPDATES=900
+UPDATES=2000
 VOCABULARY=2000
 DIRECTIONS=()
 for lang in "${LANGS[@]}"; do DIRECTIONS+=("en-$lang" "$lang-en"); done
@@ -42,7 +42,8 @@ main() {
     cd "$(dirname "$0")/.."
     venv=$PWD/.venv-demo
     python=${PYTHON:-python3}
-    "$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' ||
+    "$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+        2>/dev/null ||
         die "PYTHON=$python: expected Python 3.11 or 3.12; set PYTHON to one, e.g. python3.11"
     mkdir -p "$out/logs"
     trap stop_running_step EXIT
@@ -56,8 +57,10 @@ main() {
     user_dir=$(python -m fairseq_smoe path)
     step collect "$out/text/complete" "collect parallel text from translation catalogues"
     step prepare "$out/data/complete" "train SentencePiece, encode, binarise"
-    step train "$out/trained" "train ${MODELS[*]}: $UPDATES updates each, in parallel" training_status
-    step translate "$out/translated" "translate the test sets in ${#DIRECTIONS[@]} directions" translation_status
+    step train "$out/trained" \
+        "train ${MODELS[*]}: $UPDATES updates each, in parallel" training_status
+    step translate "$out/translated" \
+        "translate the test sets in ${#DIRECTIONS[@]} directions" translation_status
     echo "== score"
     python -m fairseq_smoe compare "${MODELS[@]/#/$out/}" --to "$out"
     closing_words
@@ -73,7 +76,7 @@ step() {
         return
     fi
     set -m # a process group of its own, so that all of it can be stopped
-    (set -e && "$1") >"$log" 2>&1 &
+    "$1" >"$log" 2>&1 &
     running=$!
     set +m
     watch_progress $running "${4:-:}"
@@ -136,9 +139,8 @@ train_one() {
         --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 \
         --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1 --lr 5e-3 \
         --lr-scheduler polynomial_decay --warmup-updates 100 --total-num-update $UPDATES \
-        --max-update $UPDATES --max-tokens 1500 --seed 1 --cpu \
-        --save-interval-updates 100 --keep-interval-updates 1 --no-epoch-checkpoints \
-        --validate-interval 1000 --validate-interval-updates $UPDATES \
+        --max-update $UPDATES --max-tokens 500 --num-workers 0 --seed 1 --cpu \
+        --save-interval-updates 400 --keep-interval-updates 1 --no-epoch-checkpoints \
         --log-format json --log-interval 10
 }
 
@@ -167,7 +169,7 @@ translate_one() {
 training_status() {
     local model done
     for model in "${MODELS[@]}"; do
-        done=$(grep -o '"num_updates": "[0-9]*' "$out/logs/train-$model.log" 2>/dev/null | tail -n 1)
+        done=$(grep -so '"num_updates": "[0-9]*' "$out/logs/train-$model.log" | tail -n 1)
         printf '%s %s  ' "$model" "$(bar "${done##*\"}" $UPDATES)"
     done
 }

@@ -69,7 +69,7 @@ def test_a_text_is_in_the_same_split_for_every_language():
 def test_split_is_the_same_on_every_machine():
     texts = [f"Delete page number {i} now" for i in range(100)]
     held_out = [i for i, text in enumerate(texts) if catalogues.split_of(text) == "test"]
-    assert held_out == [1, 22, 39, 44, 54, 58, 63, 66, 85]
+    assert held_out == [1, 22, 35, 36, 39, 44, 54, 58, 63, 66, 85]
 
 
 def test_labels_are_for_training():
