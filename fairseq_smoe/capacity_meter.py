@@ -19,8 +19,8 @@ class CapacityMeter:
         self.sentences = 0
         for model in models:
             for name, layer in expert_layers(model):
-                self.layers[name] = [0, 0]
-                layer.register_forward_hook(self._hook(self.layers[name]))
+                sums = self.layers.setdefault(name, [0, 0])  # the models of an ensemble share it
+                layer.register_forward_hook(self._hook(sums))
 
     def _hook(self, sums):
         def count(layer, *_):

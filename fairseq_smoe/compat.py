@@ -23,6 +23,7 @@ def apply():
     find_torchrun_processes_on_cpu()
     let_ddp_run_on_cpu()
     keep_half_precision_off_the_tpu()
+    explain_chosen_parts_in_help()
     print_user_errors_in_one_line()
 
 
@@ -126,6 +127,30 @@ def keep_half_precision_off_the_tpu():
         stock_init(self, cfg, *args, **kwargs)
 
     Trainer.__init__ = init
+
+
+def explain_chosen_parts_in_help():
+    """fairseq parses twice, and learns the options of model, task and criterion in between; its
+    --help ends the first parsing and so never shows them."""
+    from fairseq import options
+
+    stock = options.parse_args_and_arch
+    help_flags = {"-h", "--help"}
+
+    @wraps(stock)
+    def parse_args_and_arch(parser, input_args=None, *args, **kwargs):
+        input_args = sys.argv[1:] if input_args is None else input_args
+        if help_flags.intersection(input_args):
+            stock_parse = parser.parse_known_args
+
+            def parse_without_help(arguments, namespace=None):
+                parser.parse_known_args = stock_parse  # the next parsing may show it
+                return stock_parse([a for a in arguments if a not in help_flags], namespace)
+
+            parser.parse_known_args = parse_without_help
+        return stock(parser, input_args, *args, **kwargs)
+
+    options.parse_args_and_arch = parse_args_and_arch
 
 
 def print_user_errors_in_one_line():
