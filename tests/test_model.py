@@ -88,17 +88,36 @@ def test_expert_count_is_a_single_stratum(data):
 # training
 
 
-def gradients(data, *words, gate_loss_weight=1.0, **options):
-    """Gradient of every parameter on one batch of several directions; dropout on."""
-    cfg, task, model, criterion = set_up(
-        data, *words, moe_gate_loss_wt=gate_loss_weight, **options
-    )
+def mixed_batch(task):
+    """Sentences of all directions and lengths from the validation set."""
     task.load_dataset("valid")
     dataset = task.datasets["valid"]
-    batch = dataset.collater([dataset[i] for i in range(0, len(dataset), 3)])
+    return dataset.collater([dataset[i] for i in range(0, len(dataset), 3)])
+
+
+def test_padding_is_not_routed(data):
+    """Every token makes one pass or more, padding none; in the encoder it stands on the left, in
+    the decoder on the right."""
+    _, task, model, _ = set_up(data, smoe_strata="2-2")
+    inputs = mixed_batch(task)["net_input"]
+    model(**inputs)
+    for layer, tokens in (
+        (model.encoder.layers[1], inputs["src_tokens"]),
+        (model.decoder.layers[1], inputs["prev_output_tokens"]),
+    ):
+        is_padding = tokens.eq(task.source_dictionary.pad())
+        assert is_padding.any()
+        assert torch.equal(layer.routing_stats.passes == 0, is_padding)
+
+
+def gradients(data, *words, gate_loss_weight=1.0, **options):
+    """Gradient of every parameter on one batch of several directions; dropout on."""
+    _, task, model, criterion = set_up(
+        data, *words, moe_gate_loss_wt=gate_loss_weight, **options
+    )
     model.train()
     torch.manual_seed(1)
-    loss, sample_size, _ = criterion(model, batch)
+    loss, sample_size, _ = criterion(model, mixed_batch(task))
     (loss / sample_size).backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
 
