@@ -79,7 +79,10 @@ def check_same_directions(results):
 
 def format_table(results):
     """Markdown, aligned to be read as plain text too: a row per direction, the means last."""
-    header = ["direction"] + [f"{name} {column}" for name in results for column in COLUMNS]
+    header = ["direction"]
+    for name in results:
+        first, *others = COLUMNS
+        header += [f"{name}: {first}", *others]
     directions = list(next(iter(results.values())))
     rows = {direction: [] for direction in [*directions, "mean"]}
     for run in results.values():

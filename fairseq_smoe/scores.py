@@ -43,7 +43,12 @@ def read_generation(path):
             f"{path}: {len(translations)} translations (D-) and {len(references)} references (T-); "
             "expected as many of both: run fairseq-generate again, without --quiet"
         )
-    order = sorted(references)
+    order = range(len(references))
+    if missing := sorted(set(order) - references.keys()):
+        raise OptionError(
+            f"{path}: sentence {missing[0]} (from 0) was not translated; fairseq leaves out a last "
+            "batch that is no multiple of 8: generate with --required-batch-size-multiple 1"
+        )
     return [translations[i] for i in order], [references[i] for i in order]
 
 

@@ -24,7 +24,7 @@ LANGS=(de es id ru)
 MODELS=(SMoE-2-2-2-2 MoE-8)
 declare -A STRATA=([SMoE-2-2-2-2]=2-2-2-2 [MoE-8]=8)
 UPDATES=2000
-VOCABULARY=2000
+VOCABULARY=4000
 DIRECTIONS=()
 for lang in "${LANGS[@]}"; do DIRECTIONS+=("en-$lang" "$lang-en"); done
 
@@ -162,6 +162,7 @@ translate_one() {
     fairseq-generate "$out/data" --user-dir "$user_dir" --path "$1/checkpoints/checkpoint_last.pt" \
         --task smoe_translation --source-lang "${2%-*}" --target-lang "${2#*-}" \
         --gen-subset test --beam 5 --post-process sentencepiece --max-tokens 4000 --cpu \
+        --required-batch-size-multiple 1 `# else fairseq leaves out an uneven last batch` \
         --requested-capacity-file "$result.json" >"$result.part"
     mv "$result.part" "$result.out"
 }

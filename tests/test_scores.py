@@ -59,6 +59,13 @@ def test_incomplete_generation_is_refused(tmp_path, text):
         read_generation(path)
 
 
+def test_missing_sentence_is_named(tmp_path):
+    path = tmp_path / "en-de.out"
+    path.write_text("T-0\tone\nD-0\t-0.1\tone\nT-2\tthree\nD-2\t-0.1\tthree\n")
+    with pytest.raises(OptionError, match="sentence 1 .*--required-batch-size-multiple 1"):
+        read_generation(path)
+
+
 def test_scores_equal_the_sacrebleu_command(tmp_path):
     translations = ["the page was deleted", "no order was found", "please enter the password"]
     (tmp_path / "ref").write_text("\n".join(REFERENCES) + "\n")
@@ -86,7 +93,7 @@ def test_compare_writes_table_scores_and_picture(run_folder, tmp_path, capsys):
     table = (tmp_path / "out" / "table.md").read_text()
     assert capsys.readouterr().out == table
     header, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert header[:5] == ["direction"] + [f"SMoE-2-2 {c}" for c in compare.COLUMNS]
+    assert header[:6] == ["direction", "SMoE-2-2: BLEU", "chrF", "RC enc", "RC dec", "MoE-4: BLEU"]
     assert [row[0] for row in rows] == ["en-de", "de-en", "mean"]
     assert rows[-1][3:5] == ["1.50", "1.00"] and rows[-1][7:] == ["1.00", "1.00"]
     assert rows[-1][1:3] == rows[0][1:3] == rows[0][5:7]
