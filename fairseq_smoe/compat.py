@@ -23,6 +23,7 @@ def apply():
     find_torchrun_processes_on_cpu()
     let_ddp_run_on_cpu()
     keep_half_precision_off_the_tpu()
+    keep_the_last_batch()
     explain_chosen_parts_in_help()
     print_user_errors_in_one_line()
 
@@ -127,6 +128,25 @@ def keep_half_precision_off_the_tpu():
         stock_init(self, cfg, *args, **kwargs)
 
     Trainer.__init__ = init
+
+
+def keep_the_last_batch():
+    """The installed fairseq leaves out a last batch whose size is no multiple of
+    --required-batch-size-multiple, by default 8: sentences of a test set would go untranslated and
+    unscored, without a word."""
+    from fairseq.data import data_utils
+
+    stock = data_utils.batch_by_size
+
+    @wraps(stock)
+    def batch_by_size(indices, *args, **kwargs):
+        batches = list(stock(indices, *args, **kwargs))
+        batched = sum(map(len, batches))
+        if batched < len(indices):  # batches are consecutive parts of the indices
+            batches.append(indices[batched:])
+        return batches
+
+    data_utils.batch_by_size = batch_by_size
 
 
 def explain_chosen_parts_in_help():

@@ -46,8 +46,8 @@ def read_generation(path):
     order = range(len(references))
     if missing := sorted(set(order) - references.keys()):
         raise OptionError(
-            f"{path}: sentence {missing[0]} (from 0) was not translated; fairseq leaves out a last "
-            "batch that is no multiple of 8: generate with --required-batch-size-multiple 1"
+            f"{path}: sentence {missing[0]} (from 0) was not translated: run fairseq-generate "
+            "again, without --skip-invalid-size-inputs-valid-test"
         )
     return [translations[i] for i in order], [references[i] for i in order]
 

@@ -16,7 +16,6 @@ time of block; and the peak memory of block and one-hot, each in a process of it
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -154,7 +153,7 @@ def quartiles(values):
 
 
 def peak_memory(kind, args, strata, tokens):
-    """MiB that one step adds to the process, weights and input not counted."""
+    """MiB that one step adds to the process: activations and gradients. Linux only."""
     command = [sys.executable, __file__, "--memory-of", kind, "--strata", strata]
     command += ["--tokens", str(tokens), "--threads", str(args.threads)]
     command += ["--embed-dim", str(args.embed_dim), "--ffn-dim", str(args.ffn_dim)]
@@ -164,11 +163,18 @@ def peak_memory(kind, args, strata, tokens):
 def print_memory(args):
     kind = {"block": SMoEBlock, "one-hot": OneHotBlock}[args.memory_of]
     block = make_block(kind, args, args.strata[0])
-    step(block, torch.randn(16, args.embed_dim))  # loads the libraries, allocates the gradients
+    step(block, torch.randn(16, args.embed_dim))  # loads the libraries
+    block.zero_grad(set_to_none=True)
     x = torch.randn(args.tokens[0], args.embed_dim, requires_grad=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to what is in use now
+    before = memory_kib("VmRSS")
     step(block, x)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print((memory_kib("VmHWM") - before) // 1024)
+
+
+def memory_kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def as_markdown(results):

@@ -162,7 +162,6 @@ translate_one() {
     fairseq-generate "$out/data" --user-dir "$user_dir" --path "$1/checkpoints/checkpoint_last.pt" \
         --task smoe_translation --source-lang "${2%-*}" --target-lang "${2#*-}" \
         --gen-subset test --beam 5 --post-process sentencepiece --max-tokens 4000 --cpu \
-        --required-batch-size-multiple 1 `# else fairseq leaves out an uneven last batch` \
         --requested-capacity-file "$result.json" >"$result.part"
     mv "$result.part" "$result.out"
 }

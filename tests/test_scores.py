@@ -62,7 +62,7 @@ def test_incomplete_generation_is_refused(tmp_path, text):
 def test_missing_sentence_is_named(tmp_path):
     path = tmp_path / "en-de.out"
     path.write_text("T-0\tone\nD-0\t-0.1\tone\nT-2\tthree\nD-2\t-0.1\tthree\n")
-    with pytest.raises(OptionError, match="sentence 1 .*--required-batch-size-multiple 1"):
+    with pytest.raises(OptionError, match="sentence 1 .*not translated"):
         read_generation(path)
 
 
