@@ -89,7 +89,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
         hypotheses = super().inference_step(generator, models, sample, prefix_tokens, constraints)
-        self._report_capacity(len(sample["id"]))
+        self._report_capacity(len(hypotheses))
         return hypotheses
 
     def _report_capacity(self, num_sentences):
