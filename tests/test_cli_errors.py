@@ -107,7 +107,7 @@ def test_checkpoint_of_another_layout_is_refused(way, data, short_run, tmp_path)
             data, checkpoint, model_overrides="{'smoe_strata': '8'}", check=False
         )
     line = answer(outcome)
-    assert "--smoe-strata" in line and "encoder.layers.1" in line
+    assert "--smoe-strata" in line and "coder.layers.1.expert_block" in line
     assert "strata 2-2-2-2" in line and "strata 8" in line
 
 

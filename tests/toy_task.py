@@ -145,7 +145,7 @@ def environment(**changes):
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **changes}
 
 
-def run(*command, check=True, stdin="", cwd=REPOSITORY, timeout=300):
+def run(*command, check=True, stdin="", cwd=REPOSITORY, timeout=900):
     """Run a command of this Python's environment to its end."""
     command = list(map(str, command))
     done = subprocess.run(
