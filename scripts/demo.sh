@@ -23,7 +23,7 @@ END
 LANGS=(de es id ru)
 MODELS=(SMoE-2-2-2-2 MoE-8)
 declare -A STRATA=([SMoE-2-2-2-2]=2-2-2-2 [MoE-8]=8)
-UPDATES=2000
+UPDATES=1500
 VOCABULARY=4000
 DIRECTIONS=()
 for lang in "${LANGS[@]}"; do DIRECTIONS+=("en-$lang" "$lang-en"); done
