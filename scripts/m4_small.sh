@@ -48,7 +48,7 @@ translate() {
     fairseq-generate "$out/data" --user-dir "$user_dir" --cpu --gen-subset "$1" \
         --path "$out/$2/checkpoints/checkpoint_last.pt" \
         --task smoe_translation --source-lang "${3%-*}" --target-lang "${3#*-}" \
-        --beam 5 --post-process sentencepiece --max-tokens 4000 \
+        --beam 5 --max-len-a 1.5 --max-len-b 10 --post-process sentencepiece --max-tokens 4000 \
         --requested-capacity-file "$result.json" >"$result.part"
     mv "$result.part" "$result.out"
 }

@@ -1,6 +1,7 @@
 """Train and translate through fairseq's commands: every row of the paper's tables learns."""
 
 import json
+import re
 
 import pytest
 import toy_task
@@ -66,38 +67,48 @@ def test_requested_capacity_of_a_translation(data, trained, tmp_path):
 # the commands of README.md, as they stand there
 
 
-README_COMMANDS = {
-    "train": """
-        fairseq-train {data} --user-dir "$(python -m fairseq_smoe path)" --cpu
-        --task smoe_translation --lang-pairs en-aa,en-bb,aa-en,bb-en
-        --arch smoe_transformer_tiny --smoe-strata 4-4
-        --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 --moe-gate-loss-wt 0.01
-        --optimizer adam --adam-betas '(0.9,0.98)' --lr 1e-3
-        --lr-scheduler inverse_sqrt --warmup-updates 100
-        --max-tokens 1000 --max-update 5 --save-dir {save_dir}""",
-    "generate": """
-        fairseq-generate {data} --user-dir "$(python -m fairseq_smoe path)" --cpu
-        --task smoe_translation --source-lang en --target-lang aa
-        --path {save_dir}/checkpoint_last.pt --beam 4 --max-len-b 20 --scoring sacrebleu""",
-    "interactive": """
-        echo 'en1 en2 en3' | fairseq-interactive {data}
-        --user-dir "$(python -m fairseq_smoe path)" --cpu
-        --task smoe_translation --source-lang en --target-lang aa
-        --path {save_dir}/checkpoint_last.pt --beam 4 --max-len-b 20""",
-    "validate": """
-        fairseq-validate {data} --user-dir "$(python -m fairseq_smoe path)" --cpu
-        --task smoe_translation --lang-pairs en-aa,en-bb,aa-en,bb-en
-        --path {save_dir}/checkpoint_last.pt --valid-subset valid --max-tokens 1000""",
-}
+def readme_commands():
+    """``{fairseq-train: command, ...}``: the first indented block of README.md with each."""
+    text = (toy_task.REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
+    commands = {}
+    for block in blocks:
+        for name in re.findall(r"fairseq-(?:train|generate|interactive|validate)", block):
+            commands.setdefault(name, " ".join(block.replace("\\\n", " ").split()))
+    return commands
+
+
+def on_the_toy_task(command, data, save_dir):
+    """A command of the README, with the toy task's data, a tiny model, and no GPU."""
+    for old, new in {
+        "--fp16": "",
+        "data-bin --user-dir": f"{data} --user-dir",
+        "--user-dir": "--cpu --user-dir",
+        "--bpe sentencepiece --sentencepiece-model data-bin/spm.model": "",
+        "checkpoints/checkpoint_best.pt": f"{save_dir}/checkpoint_best.pt",
+        "--save-dir checkpoints": f"--save-dir {save_dir}",
+        "--tensorboard-logdir logs": f"--tensorboard-logdir {save_dir}/logs",
+        "capacity.en-de.json": f"{save_dir}/capacity.json",
+        "--arch smoe_transformer ": "--arch smoe_transformer_tiny ",
+        "--max-update 100000": "--max-update 5",
+        "en-de,de-en,en-nl,nl-en": ",".join(toy_task.DIRECTIONS),
+        "--target-lang de": "--target-lang aa",
+        "Where is the station?": "en1 en2 en3",
+    }.items():
+        command = command.replace(old, new)
+    return command
 
 
 def test_commands_of_the_readme(data, tmp_path):
     printed = {}
-    for name, template in README_COMMANDS.items():
-        command = " ".join(template.format(data=data, save_dir=tmp_path).split())
-        outcome = run("bash", "-c", command)
+    commands = readme_commands()
+    assert len(commands) == 4
+    for name, command in commands.items():
+        outcome = run("bash", "-c", on_the_toy_task(command, data, tmp_path))
         printed[name] = outcome.stdout + outcome.stderr
     assert (tmp_path / "checkpoint_last.pt").exists()
-    assert "BLEU = " in printed["generate"]
-    assert "H-0\t" in printed["interactive"]
-    assert "nll_loss_en-aa" in printed["validate"] and "nll_loss_bb-en" in printed["validate"]
+    assert "BLEU = " in printed["fairseq-generate"]
+    assert json.loads((tmp_path / "capacity.json").read_text())["direction"] == "en-aa"
+    assert "H-0\t" in printed["fairseq-interactive"]
+    for direction in toy_task.DIRECTIONS:
+        assert f"nll_loss_{direction}" in printed["fairseq-validate"]
