@@ -43,3 +43,20 @@ def check_layout(model, state_dict):
                 f"has {describe_gates(ours)}; train with the checkpoint's --smoe-strata, "
                 "--smoe-stacking and --moe-freq, or start in an empty --save-dir"
             )
+    expected, found = expert_shapes(model.state_dict()), expert_shapes(state_dict)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise OptionError(
+                f"{name}: {found.get(name, 'missing')} in the checkpoint, "
+                f"{expected.get(name, 'missing')} in this model; train with the checkpoint's "
+                "--smoe-strata, --smoe-norm, --moe-cmr and sizes, or in an empty --save-dir"
+            )
+
+
+def expert_shapes(state_dict):
+    """``{name: shape}`` of every parameter of the expert blocks."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in state_dict.items()
+        if ".expert_block." in name
+    }

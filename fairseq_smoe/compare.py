@@ -58,13 +58,16 @@ def score_run(folder):
 
 
 def read_capacity(path):
-    """``{"encoder": passes, "decoder": passes}`` of a --requested-capacity-file."""
+    """``{"encoder": passes, "decoder": passes}`` of a --requested-capacity-file.
+
+    A side without expert layers, such as those of a dense model, makes one pass.
+    """
     if not path.exists():
         raise OptionError(
             f"{path}: no such file; generate with --requested-capacity-file {path}"
         )
     capacity = json.loads(path.read_text(encoding="utf-8"))
-    return {side: capacity[side] for side in ("encoder", "decoder")}
+    return {side: capacity[side] or 1.0 for side in ("encoder", "decoder")}
 
 
 def check_same_directions(results):

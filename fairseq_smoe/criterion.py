@@ -89,7 +89,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         for name in ("direction_nll", "direction_ntokens"):
             if name in sample:
-                values = sample[name].unbind()
+                values = sample.pop(name).unbind()  # fairseq may use a batch again
                 logging_output.update(
                     {f"{name}_{pair}": value for pair, value in zip(self.directions, values)}
                 )

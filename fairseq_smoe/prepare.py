@@ -3,6 +3,7 @@
 Text files are named ``PREFIX.A-B.A`` and ``PREFIX.A-B.B``, one sentence a line.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def add_arguments(parser):
 def run(args):
     """Train SentencePiece, encode, binarise. Steps whose output is complete are skipped."""
     source, target = Path(args.source), Path(args.to)
-    pairs = args.pairs.split(",")
-    splits = dict(split.split("=") for split in args.splits)
+    pairs, splits = parse_pairs(args.pairs), parse_splits(args.splits)
     for prefix in splits.values():
         for pair in pairs:
             check_parallel(source, prefix, pair)
     target.mkdir(parents=True, exist_ok=True)
+    check_same_settings(target, args)
     model = train_sentencepiece(source, target, pairs, splits["train"], args)
     dictionary = write_dictionary(model, target)
     write_languages(pairs, target)
@@ -57,6 +58,61 @@ def run(args):
         encode(model, source, target / "pieces", name, prefix, pair)
     for pair in tqdm(pairs, desc="binarise", unit="language pair"):
         binarise(target, dictionary, pair, list(splits), args.workers)
+
+
+def parse_pairs(text):
+    """``"en-de,en-nl"`` -> ``["en-de", "en-nl"]``"""
+    pairs = text.split(",")
+    for pair in pairs:
+        if len(pair.split("-")) != 2 or not all(pair.split("-")):
+            raise OptionError(
+                f"--pairs {pair}: expected two languages joined by one hyphen, e.g. en-de"
+            )
+    return pairs
+
+
+def parse_splits(words):
+    """``["train=train", "valid=dev"]`` -> ``{"train": "train", "valid": "dev"}``"""
+    splits = {}
+    for word in words:
+        name, _, prefix = word.partition("=")
+        if not prefix or not (name in ("train", "valid") or name.startswith("test")):
+            raise OptionError(
+                f"--splits {word}: expected NAME=PREFIX with NAME train, valid, test, test1, ..."
+            )
+        splits[name] = prefix
+    tests = [name for name in splits if name.startswith("test")]
+    if tests != [f"test{i or ''}" for i in range(len(tests))]:
+        raise OptionError(f"--splits {' '.join(tests)}: name test sets test, test1, test2, ...")
+    for name in ("train", "valid"):
+        if name not in splits:
+            raise OptionError(f"--splits: {name} is missing; add {name}=PREFIX")
+    return splits
+
+
+def check_same_settings(target, args):
+    """Refuse to mix the output of two different calls in one folder.
+
+    Raises:
+        OptionError: names the first option that differs from the call that began the folder.
+    """
+    settings = {
+        "--from": str(Path(args.source).resolve()),
+        "--pairs": args.pairs,
+        "--splits": " ".join(args.splits),
+        "--vocab-size": args.vocab_size,
+        "--character-coverage": args.character_coverage,
+        "--seed": args.seed,
+    }
+    path = target / "settings.json"
+    if not path.exists():
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+    for option, before in json.loads(path.read_text(encoding="utf-8")).items():
+        if settings[option] != before:
+            raise OptionError(
+                f"{option} {settings[option]}: {target} was begun with {option} {before}; "
+                "delete it or choose another --to"
+            )
 
 
 def check_parallel(folder, prefix, pair):
@@ -77,16 +133,21 @@ def train_sentencepiece(source, target, pairs, prefix, args):
     path = target / "spm.model"
     if not path.exists():
         spm.set_random_generator_seed(args.seed)
-        spm.SentencePieceTrainer.train(
-            input=[str(source / f"{prefix}.{p}.{lang}") for p in pairs for lang in p.split("-")],
-            model_prefix=str(target / "spm.part"),
-            vocab_size=args.vocab_size,
-            character_coverage=args.character_coverage,
-            input_sentence_size=2_000_000,
-            shuffle_input_sentence=True,
-            num_threads=args.workers,
-            minloglevel=1,
-        )
+        files = [str(source / f"{prefix}.{p}.{lang}") for p in pairs for lang in p.split("-")]
+        try:
+            spm.SentencePieceTrainer.train(
+                input=files,
+                model_prefix=str(target / "spm.part"),
+                vocab_size=args.vocab_size,
+                character_coverage=args.character_coverage,
+                input_sentence_size=2_000_000,
+                shuffle_input_sentence=True,
+                num_threads=args.workers,
+                minloglevel=1,
+            )
+        except RuntimeError as error:  # such as a vocabulary too large for the text
+            (target / "settings.json").unlink()  # nothing is made yet: another size may follow
+            raise OptionError(f"--vocab-size {args.vocab_size}: SentencePiece says: {error}")
         (target / "spm.part.vocab").unlink()
         (target / "spm.part.model").rename(path)
     return spm.SentencePieceProcessor(model_file=str(path))
@@ -123,8 +184,9 @@ def encode(model, source, folder, name, prefix, pair):
         if path.exists():
             continue
         part = path.with_name(path.name + ".part")
-        with open(source / f"{prefix}.{pair}.{lang}", encoding="utf-8") as text:
-            lines = [line.rstrip("\n") for line in text]
+        with open(source / f"{prefix}.{pair}.{lang}", encoding="utf-8", newline="\n") as text:
+            # a lone carriage return inside a sentence ends no line
+            lines = [line.rstrip("\r\n").replace("\r", " ") for line in text]
         with open(part, "w", encoding="utf-8") as out:
             for pieces in model.encode(lines, out_type=str):
                 out.write(" ".join(pieces) + "\n")

@@ -95,7 +95,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def _report_capacity(self, num_sentences):
         meter, path = self.capacity_meter, getattr(self.args, "requested_capacity_file", None)
         meter.sentences += num_sentences
-        if path and meter.layers:
+        if path:
             # rewritten after every batch: fairseq tells a task of no last one
             with open(path + ".tmp", "w", encoding="utf-8") as handle:
                 json.dump({"direction": self.lang_pairs[0], **meter.summary()}, handle, indent=1)
@@ -115,13 +115,21 @@ def complete_languages(args):
         args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
     if args.lang_pairs is None:
         raise OptionError("--lang-pairs: give the directions to train, e.g. --lang-pairs en-de,de-en")
-    if args.langs is None and args.lang_dict is None:
+    listed_in = f"--lang-dict {args.lang_dict}"
+    if args.langs:
+        listed_in = f"--langs {','.join(args.langs)}"
+    elif args.lang_dict is None:
         langs_file = os.path.join(folder, LANGS_FILE)
         if os.path.exists(langs_file):
-            args.lang_dict = langs_file
-    langs = known_languages(args)
+            listed_in = f"--langs (from {langs_file})"
+            # the list itself: it goes into the checkpoint, and the data may move
+            args.langs = read_languages(langs_file)
+    langs = args.langs or (read_languages(args.lang_dict) if args.lang_dict else None)
     pairs = args.lang_pairs.split(",") if isinstance(args.lang_pairs, str) else args.lang_pairs
-    if args.source_lang or args.target_lang:
+    if bool(args.source_lang) != bool(args.target_lang):
+        missing = "--target-lang" if args.source_lang else "--source-lang"
+        raise OptionError(f"{missing}: give both --source-lang and --target-lang to translate")
+    if args.source_lang:
         pairs = [f"{args.source_lang}-{args.target_lang}"]
     for pair in pairs:
         if pair.count("-") != 1:
@@ -130,21 +138,15 @@ def complete_languages(args):
             )
         for lang in pair.split("-"):
             if langs is not None and lang not in langs:
-                flag = "--langs" if args.langs else "--lang-dict"
-                given = ",".join(args.langs) if args.langs else args.lang_dict
                 raise OptionError(
-                    f"{flag} {given}: {lang} is missing, which {pair} needs; list every language "
+                    f"{listed_in}: {lang} is missing, which {pair} needs; list every language "
                     "of the training, in the same order"
                 )
 
 
-def known_languages(args):
-    """The languages of --langs or --lang-dict; None when neither is given."""
-    if args.langs:
-        return args.langs if isinstance(args.langs, list) else args.langs.split(",")
-    if args.lang_dict:
-        if not os.path.exists(args.lang_dict):
-            raise OptionError(f"--lang-dict {args.lang_dict}: no such file")
-        with open(args.lang_dict, encoding="utf-8") as handle:
-            return [line.strip() for line in handle if line.strip()]
-    return None
+def read_languages(path):
+    """The languages listed in a file, one a line."""
+    if not os.path.exists(path):
+        raise OptionError(f"--lang-dict {path}: no such file; list one language a line in it")
+    with open(path, encoding="utf-8") as handle:
+        return [line.strip() for line in handle if line.strip()]

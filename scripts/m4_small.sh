@@ -6,6 +6,7 @@
 #   TEXT     folder with {train,idev,itest,test}.eng-XXX.{eng,XXX}, one sentence a line
 #   OUT      folder for data, checkpoints, translations and tables
 #   UPDATES  of each model; more than last time goes on from the checkpoints
+#   BEAM     environment variable: beam size of the translations (default: 5)
 #
 # Needs an environment with fairseq-smoe[demo] on PATH. Finished steps are skipped.
 set -euo pipefail
@@ -43,27 +44,34 @@ train() {
 # translate TEST MODEL DIRECTION
 translate() {
     local result=$out/$1/$2/translations/$3
-    if [[ -e $result.out ]]; then return; fi
+    local checkpoint=$out/$2/checkpoints/checkpoint_last.pt
+    if [[ $result.out -nt $checkpoint ]]; then return; fi
     mkdir -p "$(dirname "$result")"
     fairseq-generate "$out/data" --user-dir "$user_dir" --cpu --gen-subset "$1" \
-        --path "$out/$2/checkpoints/checkpoint_last.pt" \
+        --path "$checkpoint" \
         --task smoe_translation --source-lang "${3%-*}" --target-lang "${3#*-}" \
-        --beam 5 --max-len-a 1.5 --max-len-b 10 --post-process sentencepiece --max-tokens 4000 \
+        --beam "${BEAM:-5}" --max-len-a 1.5 --max-len-b 10 --post-process sentencepiece --max-tokens 4000 \
         --requested-capacity-file "$result.json" >"$result.part"
     mv "$result.part" "$result.out"
 }
 
 python -m fairseq_smoe prepare --from "$text" --to "$out/data" --pairs "${pairs:1}" \
     --splits train=train valid=idev test=itest test1=test --vocab-size 8000
+pids=()
 for model in "${models[@]}"; do
     mkdir -p "$out/$model"
     train "$model" >"$out/$model/train.out" 2>&1 &
+    pids+=($!)
 done
-wait
+for pid in "${pids[@]}"; do wait "$pid"; done
 for test in test test1; do
     for direction in "${directions[@]}"; do
-        for model in "${models[@]}"; do translate "$test" "$model" "$direction" & done
-        wait
+        pids=()
+        for model in "${models[@]}"; do
+            translate "$test" "$model" "$direction" &
+            pids+=($!)
+        done
+        for pid in "${pids[@]}"; do wait "$pid"; done
     done
     python -m fairseq_smoe compare "${models[@]/#/$out/$test/}" --to "$out/$test"
 done
