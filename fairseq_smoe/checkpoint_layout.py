@@ -29,12 +29,13 @@ def describe_gates(sizes):
 
 
 def check_layout(model, state_dict):
-    """Compare the gates of a checkpoint with those of ``model``.
+    """Compare the expert blocks of a checkpoint with those of ``model``.
 
     Raises:
-        OptionError: another strata layout, or expert layers in other places.
+        OptionError: another strata layout, expert layers in other places, or other parameters.
     """
-    expected, found = gate_sizes(model.state_dict()), gate_sizes(state_dict)
+    own_state = model.state_dict()
+    expected, found = gate_sizes(own_state), gate_sizes(state_dict)
     for block in sorted(expected.keys() | found.keys()):
         theirs, ours = found.get(block, ()), expected.get(block, ())
         if theirs != ours:
@@ -43,7 +44,7 @@ def check_layout(model, state_dict):
                 f"has {describe_gates(ours)}; train with the checkpoint's --smoe-strata, "
                 "--smoe-stacking and --moe-freq, or start in an empty --save-dir"
             )
-    expected, found = expert_shapes(model.state_dict()), expert_shapes(state_dict)
+    expected, found = expert_shapes(own_state), expert_shapes(state_dict)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise OptionError(

@@ -99,11 +99,9 @@ def build_on_meta(command_line, vocab_size):
     from fairseq.data import Dictionary
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
-    import fairseq_smoe
     from fairseq_smoe.model import SMoETransformer
     from fairseq_smoe.options import SMoETransformerOptions
 
-    fairseq_smoe.register()
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--arch")
     SMoETransformer.add_args(parser)

@@ -99,7 +99,7 @@ def _flat_transformer_fields():
         config = nested.get(outer.name)
         for inner in fields(config) if config else [outer]:
             name = f"{outer.name}_{inner.name}" if config else inner.name
-            if name.startswith("_") or inner.name == "_name" or name in derived:
+            if inner.name == "_name" or name in derived:
                 continue
             kind = Optional[int] if name in defaults and defaults[name] is None else inner.type
             default = defaults.get(name, inner.default)

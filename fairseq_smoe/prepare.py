@@ -29,7 +29,7 @@ def add_arguments(parser):
         nargs="+",
         default=DEFAULT_SPLITS,
         metavar="NAME=PREFIX",
-        help="which files make which split; the first must be train (default: %(default)s)",
+        help="which files make which split: train, valid, test, test1, ... (default: %(default)s)",
     )
     parser.add_argument(
         "--vocab-size", type=int, default=32000, help="joint SentencePiece vocabulary (%(default)s)"

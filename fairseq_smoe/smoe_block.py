@@ -173,11 +173,10 @@ class SMoEBlock(nn.Module):
 
     def _run(self, tokens_TD):
         """All passes over the real tokens: new tokens, passes, gate records, balance losses."""
-        stratum_T = torch.zeros(len(tokens_TD), dtype=torch.long, device=tokens_TD.device)
-        passes_T = torch.zeros_like(stratum_T)
         expert_weights = self.experts.unbind()
         gates, losses = [], []
         for i, visible in enumerate(self.visible):
+            # every token meets the first gate: nothing to select there
             here = (stratum_T == i).nonzero().squeeze(1) if i else None
             x_TD = tokens_TD if here is None else tokens_TD.index_select(0, here)
             normed_TD = self.norms[i](x_TD)

@@ -10,7 +10,7 @@ Measures forward + backward of one block in training, in one process, the contes
 Prints medians of ratios: efficiency = time of dense / time of block, speed-up = time of one-hot /
 time of block; and the peak memory of block and one-hot, each in a process of its own. Example:
 
-    python scripts/bench_block.py --threads 2 --json results/bench_block.json
+    python scripts/bench_block.py --threads 2 --json results/bench_block/results.json
 """
 
 import argparse
