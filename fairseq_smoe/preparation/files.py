@@ -1,0 +1,46 @@
+"""Files that exist complete or not at all."""
+
+import errno
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from fairseq_smoe.errors import OptionError
+
+
+@contextmanager
+def whole_file(path, mode="wb", **options):
+    """``open(path, mode)`` for writing; the file takes its name only when all of it is written.
+
+    Raises:
+        OptionError: the disk is full; what was written of the file is removed.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with disk_space_for(path), open(part, mode, **options) as handle:
+            yield handle
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def disk_space_for(path):
+    """Say in one line that the disk is full, and where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OptionError(
+            f"{path}: the disk is full; free some space and run the same command again, which "
+            "goes on from what is complete"
+        ) from error
+
+
+def write_whole(path, text):
+    """Write a text file that exists complete or not at all."""
+    with whole_file(path, "w", encoding="utf-8") as handle:
+        handle.write(text)
