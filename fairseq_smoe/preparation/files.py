@@ -1,6 +1,7 @@
 """Files that exist complete or not at all."""
 
 import errno
+import fcntl
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,13 @@ def whole_file(path, mode="wb", **options):
         OptionError: the disk is full; what was written of the file is removed.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    # of this process alone: an orphan of a killed run may still be writing the same file
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
-        with disk_space_for(path), open(part, mode, **options) as handle:
-            yield handle
-        os.replace(part, path)
+        with disk_space_for(path):
+            with open(part, mode, **options) as handle:
+                yield handle
+            os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -44,3 +47,28 @@ def write_whole(path, text):
     """Write a text file that exists complete or not at all."""
     with whole_file(path, "w", encoding="utf-8") as handle:
         handle.write(text)
+
+
+def fresh_folder(path):
+    """Make a folder where it is missing, and remove the unfinished files of a killed run."""
+    path.mkdir(parents=True, exist_ok=True)
+    for part in path.glob("*.part[0-9]*"):
+        part.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def only_process_in(folder):
+    """Hold ``folder`` for this process; the kernel lets go of it however the process ends.
+
+    Raises:
+        OptionError: another process holds it.
+    """
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OptionError(
+                f"--to {folder}: another process prepares data there; wait for it or stop it"
+            ) from error
+        yield

@@ -1,0 +1,202 @@
+"""Options of ``python -m fairseq_smoe prepare``, by the step that they are for."""
+
+import os
+
+from fairseq_smoe import benchmark
+from fairseq_smoe.preparation.clean import Rules
+from fairseq_smoe.preparation.sources import FLORES200_URL, M15_SOURCE, OPUS100_URL
+
+# the options that determine the output of each step; it depends on those of all earlier steps, too
+STEP_OPTIONS = {
+    "fetch": ("benchmark", "sources", "pairs", "splits", "recipe"),
+    "verify": ("invalid_utf8",),
+    "clean": (
+        *("empty", "identical", "max_length", "max_length_ratio"),
+        *("held_out", "duplicates"),
+    ),
+    "sentencepiece": ("vocab_size", "character_coverage", "temperature", "sample_lines", "seed"),
+    "encode": (),
+    "binarise": ("lines_per_shard",),
+    "report": (),
+}
+STEPS = tuple(STEP_OPTIONS)
+# steps that fail on text that does not fit the options, and have little to lose
+ASK_FOR_OTHER_OPTIONS = ("verify", "sentencepiece")
+
+
+def flag(name):
+    """How an option is written on the command line."""
+    return "--from" if name == "sources" else "--" + name.replace("_", "-")
+
+
+def add_arguments(parser):
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes to clean, encode and binarise with (default: all cores, %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        choices=STEPS,
+        default=STEPS,
+        metavar="STEP",
+        help=f"run these alone, of {', '.join(STEPS)} (default: all)",
+    )
+    parser.add_argument(
+        "--redo",
+        choices=STEPS,
+        metavar="STEP",
+        help="forget the output of STEP and of all later steps first, to change their options",
+    )
+    _add_text(parser.add_argument_group("what text"))
+    _add_download(parser.add_argument_group("where published text comes from"))
+    _add_clean(
+        parser.add_argument_group(
+            "clean", "What to drop from the training text; the report counts it rule by rule."
+        )
+    )
+    _add_vocabulary(parser.add_argument_group("SentencePiece"))
+    _add_binary(parser.add_argument_group("binarise"))
+
+
+def _add_text(group):
+    group.add_argument(
+        "--benchmark",
+        choices=benchmark.NAMES,
+        help="one of the paper's: sets languages, splits, vocabulary, temperature and source",
+    )
+    group.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        metavar="PATH",
+        help="folders or archives (.tar, .tar.gz, .tar.xz, .zip) with text, one sentence a line, in "
+        "files named PREFIX.en-de.de or opus.en-de-PREFIX.de anywhere inside; the first that has "
+        "a file wins",
+    )
+    group.add_argument(
+        "--pairs", metavar="A-B,...", help="language pairs; both directions of each can be trained"
+    )
+    group.add_argument(
+        "--splits",
+        nargs="+",
+        metavar="NAME=PREFIX",
+        help="which files make which split: train, valid, test, test1, ... (default: train=train "
+        "valid=valid test=test; valid=dev in a benchmark)",
+    )
+    group.add_argument(
+        "--with-train-only-pairs",
+        action="store_true",
+        help="OPUS-100: also the 5 languages that have no text to test on",
+    )
+    group.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="go on without the pairs for which no training text is found",
+    )
+
+
+def _add_download(group):
+    group.add_argument(
+        "--base-url",
+        dest="data_address",
+        metavar="URL",
+        help="OPUS-100: folder of the archives; M4, M15: address of the training text, gdrive:ID "
+        f"for a file on Google Drive (default: {OPUS100_URL}, {M15_SOURCE})",
+    )
+    group.add_argument(
+        "--flores-url",
+        dest="flores_address",
+        default=FLORES200_URL,
+        metavar="URL",
+        help="M4, M15: Flores-200, to validate and test on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="M4, M15: take the training text from these published corpora, through mtdata",
+    )
+    group.add_argument(
+        "--connections", type=int, default=4, help="downloads at a time (default: %(default)s)"
+    )
+
+
+def _add_clean(group):
+    rules = Rules()
+
+    def drop_or_keep(option, text):
+        default = getattr(rules, option[2:].replace("-", "_"))
+        choices = ("drop", "keep")
+        group.add_argument(option, choices=choices, default=default, help=f"{text} (%(default)s)")
+
+    group.add_argument(
+        "--invalid-utf8",
+        choices=("error", "drop"),
+        default=rules.invalid_utf8,
+        help="lines that are not UTF-8, in any split: stop and name the first, or drop them "
+        "(%(default)s)",
+    )
+    drop_or_keep("--empty", "pairs with an empty side")
+    drop_or_keep("--identical", "pairs of two equal sides")
+    group.add_argument(
+        "--max-length",
+        type=int,
+        default=rules.max_length,
+        metavar="N",
+        help="drop pairs with more characters on a side; 0: no limit (%(default)s)",
+    )
+    group.add_argument(
+        "--max-length-ratio",
+        type=float,
+        default=rules.max_length_ratio,
+        metavar="R",
+        help="drop pairs with a side R times as long as the other, in characters; 0: no limit "
+        "(%(default)s)",
+    )
+    drop_or_keep(
+        "--held-out",
+        "pairs with a side that is text of the same language to validate or test on, of any pair, "
+        "but for case, width and spaces",
+    )
+    drop_or_keep("--duplicates", "all but the first of equal pairs")
+
+
+def _add_vocabulary(group):
+    group.add_argument("--vocab-size", type=int, metavar="N", help="joint; default: 32000, or the benchmark's")
+    group.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="of the characters of the text that get a piece (%(default)s)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="a language is drawn with probability proportional to its share of the lines to the "
+        "power 1/T, here and in the report; default: 1, or the benchmark's",
+    )
+    group.add_argument(
+        "--sample-lines",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="lines to train SentencePiece on (%(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=1, help="of this sample (%(default)s)")
+
+
+def _add_binary(group):
+    group.add_argument(
+        "--lines-per-shard",
+        type=int,
+        default=0,
+        metavar="N",
+        help="split the training text of larger pairs into shard000, shard001, ..., of which each "
+        "epoch reads one (default: 0, no shards)",
+    )

@@ -1,0 +1,189 @@
+"""What is to be prepared, from which options, and where everything lies."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.clean import Rules
+
+DEFAULT_SPLITS = {"train": "train", "valid": "valid", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the steps need to know."""
+
+    target: Path
+    benchmark: str | None
+    sources: tuple
+    pairs: tuple
+    splits: dict
+    skip_missing: bool
+    recipe: str | None
+    data_address: str | None
+    flores_address: str
+    connections: int
+    rules: Rules
+    vocab_size: int
+    character_coverage: float
+    temperature: float
+    sample_lines: int
+    seed: int
+    lines_per_shard: int
+    workers: int
+
+    @property
+    def work(self):
+        return self.target / "work"
+
+    @property
+    def downloads(self):
+        return self.work / "downloads"
+
+    @property
+    def raw(self):
+        return self.work / "raw"
+
+    @property
+    def clean(self):
+        return self.work / "clean"
+
+    @property
+    def ids(self):
+        return self.work / "ids"
+
+    @property
+    def sample(self):
+        return self.work / "sample.txt"
+
+    @property
+    def counts(self):
+        return self.work / "counts.json"
+
+    @property
+    def model(self):
+        return self.target / "spm.model"
+
+    @property
+    def dictionary(self):
+        return self.target / "dict.txt"
+
+    def languages(self, pairs=None):
+        return sorted({lang for pair in pairs or self.pairs for lang in pair.split("-")})
+
+    def raw_splits(self):
+        """``{pair: its splits}``, of the text that was found; empty files do not count."""
+        return self._splits_in(self.raw)
+
+    def clean_splits(self):
+        """The same of the text that is left after cleaning."""
+        return self._splits_in(self.clean)
+
+    def _splits_in(self, folder):
+        found = {}
+        for pair in self.pairs:
+            for split in self.splits:
+                paths = [folder / f"{split}.{pair}.{lang}" for lang in pair.split("-")]
+                if all(path.exists() and path.stat().st_size for path in paths):
+                    found.setdefault(pair, []).append(split)
+        return found
+
+    def shards(self, name, lines):
+        """The binary files, without their endings, of the text file ``SPLIT.PAIR.LANG``."""
+        if not self.lines_per_shard or not name.startswith("train."):
+            return [self.target / name]
+        number = max(1, math.ceil(lines / self.lines_per_shard))
+        return [self.target / f"shard{i:03d}" / name for i in range(number)]
+
+
+def make_plan(args):
+    """The plan that the options of ``prepare`` ask for.
+
+    Raises:
+        OptionError: names the option that is wrong or missing.
+    """
+    benchmark = benchmarks.load(args.benchmark) if args.benchmark else None
+    if not benchmark and not (args.sources and args.pairs):
+        raise OptionError(
+            "--benchmark: give m4, m15 or opus100, or the text and languages of your own with "
+            "--from DIR --pairs en-de,en-nl"
+        )
+    if args.pairs:
+        pairs = parse_pairs(args.pairs)
+    else:
+        pairs = benchmark.pairs(args.with_train_only_pairs)
+    splits = benchmark.splits if benchmark else DEFAULT_SPLITS
+    _check_numbers(args)
+    return Plan(
+        target=Path(args.to).resolve(),
+        sources=tuple(args.sources or ()),
+        pairs=tuple(pairs),
+        splits=parse_splits(args.splits) if args.splits else splits,
+        rules=Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)}),
+        vocab_size=args.vocab_size or (benchmark.vocab_size if benchmark else 32000),
+        temperature=args.temperature or (benchmark.temperature if benchmark else 1),
+        **{
+            name: getattr(args, name)
+            for name in (
+                *("benchmark", "skip_missing", "recipe", "data_address", "flores_address"),
+                *("connections", "character_coverage", "sample_lines", "seed"),
+                *("lines_per_shard", "workers"),
+            )
+        },
+    )
+
+
+def _check_numbers(args):
+    at_least = {
+        "vocab_size": 10,
+        "temperature": 1,
+        "sample_lines": 1,
+        "workers": 1,
+        "connections": 1,
+        "lines_per_shard": 0,
+        "max_length": 0,
+        "max_length_ratio": 0,
+        "seed": 0,
+    }
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise OptionError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if not 0 < args.character_coverage <= 1:
+        raise OptionError(
+            f"--character-coverage {args.character_coverage}: expected a share, such as 0.9995"
+        )
+
+
+def parse_pairs(text):
+    """``"en-de,en-nl"`` -> ``["en-de", "en-nl"]``"""
+    pairs = text.split(",")
+    for pair in pairs:
+        if len(pair.split("-")) != 2 or not all(pair.split("-")) or "/" in pair or "." in pair:
+            raise OptionError(
+                f"--pairs {pair}: expected two languages joined by one hyphen, e.g. en-de"
+            )
+        if pairs.count(pair) + pairs.count("-".join(reversed(pair.split("-")))) > 1:
+            raise OptionError(f"--pairs {pair}: given twice; one name stands for both directions")
+    return pairs
+
+
+def parse_splits(words):
+    """``["train=train", "valid=dev"]`` -> ``{"train": "train", "valid": "dev"}``"""
+    splits = {}
+    for word in words:
+        name, _, prefix = word.partition("=")
+        if not prefix or not (name in ("train", "valid") or name.startswith("test")):
+            raise OptionError(
+                f"--splits {word}: expected NAME=PREFIX with NAME train, valid, test, test1, ..."
+            )
+        splits[name] = prefix
+    tests = [name for name in splits if name.startswith("test")]
+    if tests != [f"test{i or ''}" for i in range(len(tests))]:
+        raise OptionError(f"--splits {' '.join(tests)}: name test sets test, test1, test2, ...")
+    for name in ("train", "valid"):
+        if name not in splits:
+            raise OptionError(f"--splits: {name} is missing; add {name}=PREFIX")
+    return splits

@@ -1,0 +1,65 @@
+"""Work spread over processes, with a progress bar."""
+
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+from tqdm import tqdm
+
+from fairseq_smoe.errors import OptionError
+
+
+def in_parallel(function, jobs, workers, title, unit):
+    """``[function(*job) for job in jobs]``, in any order of work, results in the order of jobs.
+
+    ``function`` and jobs are pickled, so the function is one of a module. Give the longest jobs
+    first.
+
+    Raises:
+        OptionError: as ``function`` does, or a process was killed, as for lack of memory.
+    """
+    jobs = list(jobs)
+    bar = tqdm(total=len(jobs), desc=title, unit=unit, mininterval=0.5)
+    if workers == 1 or len(jobs) < 2:
+        with bar:
+            return [_counted(function, job, bar) for job in jobs]
+    pool = ProcessPoolExecutor(
+        max_workers=min(workers, len(jobs)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+        initargs=(os.getpid(),),
+    )
+    with bar, pool:
+        try:
+            futures = [pool.submit(function, *job) for job in jobs]
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise OptionError(
+                f"--workers {workers}: a process was killed while it was at work on {title!r}, "
+                "probably for lack of memory; use fewer workers and run the same command again"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _counted(function, job, bar):
+    result = function(*job)
+    bar.update()
+    return result
+
+
+def _end_with_parent(parent):
+    """Processes of a pool wait for work forever when their parent is killed."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

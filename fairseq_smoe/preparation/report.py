@@ -1,0 +1,156 @@
+"""What the data is: ``report.json``, ``report.md`` and pictures."""
+
+import json
+
+from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.preparation.clean import RULES
+from fairseq_smoe.preparation.files import write_whole
+from fairseq_smoe.preparation.vocabulary import language_shares
+
+
+def write_report(plan, cleaning, tokens):
+    """Write the report into ``plan.target``.
+
+    Args:
+        cleaning: ``{pair: {split: {"kept" or rule: {"lines", "words"}}}}``
+        tokens: ``{"SPLIT.PAIR.LANG": {"lines", "tokens", "unknown", "lengths"}}``
+    """
+    summary = summarise(plan, cleaning, tokens)
+    write_whole(plan.target / "report.json", json.dumps(summary, indent=1) + "\n")
+    pictures = ["report-sizes.png", "report-lengths.png"]
+    try:
+        from fairseq_smoe.preparation import report_plots
+    except ModuleNotFoundError:
+        print("report: no pictures, they need matplotlib; pip install 'fairseq-smoe[data]'")
+        pictures = []
+    else:
+        report_plots.plot_sizes(summary, plan.target / pictures[0])
+        report_plots.plot_lengths(tokens, plan.target / pictures[1])
+    write_whole(plan.target / "report.md", as_markdown(summary, pictures))
+
+
+def summarise(plan, cleaning, tokens):
+    """All numbers of the report in one dict, pairs by size."""
+    pairs = {}
+    for pair, splits in cleaning.items():
+        train = splits["train"]
+        pairs[pair] = {
+            "found": sum(count["lines"] for count in train.values()),
+            "kept": train["kept"]["lines"],
+            "dropped": {rule: train[rule] for rule in RULES},
+            "held_out": {s: c["kept"]["lines"] for s, c in splits.items() if s != "train"},
+            "sides": {lang: _side(tokens[f"train.{pair}.{lang}"]) for lang in pair.split("-")},
+        }
+    shares = language_shares({p: f["kept"] for p, f in pairs.items()}, plan.temperature)
+    for pair, facts in pairs.items():
+        facts["probability_per_direction"] = shares[pair] / 2
+    return {
+        "title": benchmarks.load(plan.benchmark).title if plan.benchmark else "Prepared data",
+        "vocabulary": {
+            "pieces": plan.vocab_size,
+            "character_coverage": plan.character_coverage,
+            "sample_lines": plan.sample_lines,
+            "seed": plan.seed,
+        },
+        "temperature": plan.temperature,
+        "rules": vars(plan.rules),
+        "train": _sum_over(pairs.values()),
+        "pairs": dict(sorted(pairs.items(), key=lambda item: -item[1]["kept"])),
+    }
+
+
+def _side(counts):
+    lines, tokens = counts["lines"], counts["tokens"]
+    return {
+        "tokens": tokens,
+        "tokens_per_line": tokens / lines,
+        "unknown_rate": counts["unknown"] / tokens,
+    }
+
+
+def _sum_over(pairs):
+    pairs = list(pairs)
+    return {
+        "found": sum(facts["found"] for facts in pairs),
+        "kept": sum(facts["kept"] for facts in pairs),
+        "tokens": sum(side["tokens"] for facts in pairs for side in facts["sides"].values()),
+        "dropped": {
+            rule: {
+                unit: sum(facts["dropped"][rule][unit] for facts in pairs)
+                for unit in ("lines", "words")
+            }
+            for rule in RULES
+        },
+    }
+
+
+def as_markdown(summary, pictures):
+    train, vocabulary = summary["train"], summary["vocabulary"]
+    parts = [
+        f"# {summary['title']}",
+        f"{len(summary['pairs'])} language pairs with {train['kept']:,} pairs of training sentences "
+        f"and {train['tokens']:,} tokens, both sides and each sentence's end included. Joint "
+        f"SentencePiece vocabulary of {vocabulary['pieces']:,} pieces, character coverage "
+        f"{vocabulary['character_coverage']}, trained on at most {vocabulary['sample_lines']:,} "
+        f"lines drawn at temperature {summary['temperature']:g}, seed {vocabulary['seed']}.",
+        "## Cleaning of the training text",
+        _table(["", "pairs of lines", "", "words"], _cleaning_rows(summary)),
+        _rules_in_words(summary["rules"]),
+        "## Pairs",
+        "Probability: of each of the two directions, when training samples at temperature "
+        f"{summary['temperature']:g}. Unknown: share of tokens that are not in the vocabulary.",
+        _table(
+            [
+                *("pair", "lines", "valid", "test", "tokens"),
+                *("tokens per line", "unknown", "probability"),
+            ],
+            [_pair_row(pair, facts) for pair, facts in summary["pairs"].items()],
+        ),
+        *(f"![{name.removesuffix('.png').removeprefix('report-')}]({name})" for name in pictures),
+        "## Lines dropped, by rule",
+        _table(
+            ["pair", "found", "kept", *(rule.replace("_", " ") for rule in RULES)],
+            [
+                [pair, facts["found"], facts["kept"]]
+                + [facts["dropped"][rule]["lines"] for rule in RULES]
+                for pair, facts in summary["pairs"].items()
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cleaning_rows(summary):
+    train = summary["train"]
+    counts = {rule.replace("_", " "): train["dropped"][rule] for rule in RULES}
+    for name, count in counts.items():
+        yield [name, count["lines"], f"{count['lines'] / train['found']:.2%}", count["words"]]
+    yield ["**kept**", train["kept"], f"{train['kept'] / train['found']:.2%}", ""]
+
+
+def _rules_in_words(rules):
+    options = " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in rules.items())
+    return f"Rules: {options}. A pair that breaks several is counted under the first."
+
+
+def _pair_row(pair, facts):
+    sides = facts["sides"].values()
+    tests = sum(lines for split, lines in facts["held_out"].items() if split.startswith("test"))
+    return [
+        pair,
+        facts["kept"],
+        facts["held_out"].get("valid", 0),
+        tests,
+        sum(side["tokens"] for side in sides),
+        " / ".join(f"{side['tokens_per_line']:.1f}" for side in sides),
+        " / ".join(f"{side['unknown_rate']:.2%}" for side in sides),
+        f"{facts['probability_per_direction']:.3%}",
+    ]
+
+
+def _table(header, rows):
+    def line(cells):
+        return "| " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |"
+
+    align = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join([line(header), align, *map(line, rows)])

@@ -1,0 +1,127 @@
+"""The joint SentencePiece vocabulary: a sample of the text, the model, and fairseq's dictionary."""
+
+import numpy as np
+import sentencepiece as spm
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import whole_file, write_whole
+
+FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # at the head of every dictionary
+# The result depends on it, through the order of floating point sums, so that it is not the number
+# of cores
+TRAINING_THREADS = 8
+
+
+def language_shares(counts, temperature):
+    """Probability of each language: proportional to ``(n_l / N) ** (1 / temperature)``.
+
+    Args:
+        counts: ``{language: number of lines}``.
+        temperature: 1 samples by size, larger values more evenly.
+    """
+    total = sum(counts.values())
+    weights = {lang: (n / total) ** (1 / temperature) for lang, n in counts.items()}
+    norm = sum(weights.values())
+    return {lang: weight / norm for lang, weight in weights.items()}
+
+
+def sample_sizes(counts, temperature, num_lines):
+    """How many lines to draw of each language, without drawing any line twice.
+
+    What a small language cannot give is drawn from the others, in proportion to their shares.
+    """
+    sizes, left = {}, min(num_lines, sum(counts.values()))
+    open_langs = dict(counts)
+    while open_langs:
+        shares = language_shares(open_langs, temperature)
+        exhausted = {lang: n for lang, n in open_langs.items() if shares[lang] * left >= n}
+        if not exhausted:
+            return sizes | {lang: round(shares[lang] * left) for lang in open_langs}
+        sizes |= exhausted
+        left -= sum(exhausted.values())
+        open_langs = {lang: n for lang, n in open_langs.items() if lang not in exhausted}
+    return sizes
+
+
+def write_sample(files, counts, path, temperature, num_lines, seed):
+    """Write lines drawn at random from the training text of every language.
+
+    Args:
+        files: ``{language: its files}``; English has one for every pair.
+        counts: lines of each file.
+        num_lines: of the sample, for all languages together.
+    """
+    totals = {lang: sum(counts[file] for file in files[lang]) for lang in files}
+    sizes = sample_sizes(totals, temperature, num_lines)
+    with whole_file(path) as sample:
+        for number, lang in enumerate(sorted(files)):
+            rng = np.random.default_rng([seed, number])
+            chosen = np.zeros(totals[lang], dtype=bool)
+            chosen[rng.choice(totals[lang], sizes[lang], replace=False, shuffle=False)] = True
+            start = 0
+            for file in files[lang]:
+                with open(file, "rb") as lines:
+                    sample.writelines(
+                        line for line, wanted in zip(lines, chosen[start:]) if wanted
+                    )
+                start += counts[file]
+
+
+def train_sentencepiece(sample, model_path, vocab_size, character_coverage):
+    """Train a unigram model on a sample.
+
+    Raises:
+        OptionError: the sample is too small for the vocabulary.
+    """
+    part = model_path.with_name("spm.part")
+    try:
+        spm.SentencePieceTrainer.train(
+            input=str(sample),
+            model_prefix=str(part),
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            input_sentence_size=0,
+            num_threads=TRAINING_THREADS,
+            minloglevel=1,
+        )
+    except (RuntimeError, OSError) as error:
+        raise OptionError(f"--vocab-size {vocab_size}: SentencePiece says: {error}") from error
+    part.with_name("spm.part.vocab").unlink()
+    part.with_name("spm.part.model").replace(model_path)
+
+
+def language_token(lang):
+    """The token of a language as ``smoe_translation`` looks it up."""
+    return f"__{lang}__"
+
+
+def write_dictionary(model, langs, path):
+    """fairseq's dictionary: the pieces in the model's order, then the tokens of the languages.
+
+    With the language tokens in the file, their numbers do not depend on the order in which
+    languages are later given to fairseq.
+    """
+    pieces = [
+        model.id_to_piece(i)
+        for i in range(model.get_piece_size())
+        if not (model.is_control(i) or model.is_unknown(i))
+    ]
+    # a piece that fairseq has already, as from a corpus on HTML: read as a piece of its own
+    lines = [f"{p} 1{' #fairseq:overwrite' * (p in FAIRSEQ_SPECIALS)}" for p in pieces]
+    lines += [f"{language_token(lang)} 1" for lang in langs if language_token(lang) not in pieces]
+    write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def fairseq_ids(model):
+    """The number in fairseq's dictionary of every SentencePiece id; (pieces,) int64."""
+    table = np.empty(model.get_piece_size(), dtype=np.int64)
+    following = len(FAIRSEQ_SPECIALS)
+    for i in range(len(table)):
+        if model.is_unknown(i):
+            table[i] = FAIRSEQ_SPECIALS.index("<unk>")
+        elif model.is_control(i):
+            table[i] = FAIRSEQ_SPECIALS.index("</s>")  # the only one that encoding brings
+        else:
+            table[i] = following
+            following += 1
+    return table
