@@ -246,7 +246,7 @@ def test_damaged_part_is_fetched_again(server, tmp_path):
 @pytest.mark.parametrize(
     "known, message",
     [
-        ({"sha256": SHA256}, f"expected SHA-256 {SHA256}, found {hashlib.sha256(b'no').hexdigest()}"),
+        ({"sha256": SHA256}, f"expected SHA-256 {SHA256}, found [0-9a-f]{{64}}"),
         ({"size": len(CONTENT)}, "expected 300000 bytes, found 2"),
         ({"check": lambda path: f"{path.name} looks odd"}, "a.bin.part looks odd"),
     ],

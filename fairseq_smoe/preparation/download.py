@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.files import disk_space_for
-from fairseq_smoe.preparation.transfer import OTHER_ADDRESS, empty, receive, size_of, version_file
+from fairseq_smoe.preparation.transfer import elsewhere, empty, receive, size_of, version_file
 
 GRACE = 2.0  # seconds that the other files get to stop after a failure
 
@@ -28,6 +28,7 @@ class Download:
     sha256: str | None = None
     # called with the path of the complete part: what is wrong with it, in words, or None
     check: Callable[[Path], str | None] | None = None
+    option: str = "--base-url"  # that gives another address; for messages
 
 
 def download_all(downloads, connections=4, retries=5):
@@ -133,7 +134,8 @@ def _fetch(download, batch):
         os.unlink(part.name)
         version_file(download).unlink(missing_ok=True)
         raise OptionError(
-            f"{download.path}: {problem}, as fetched twice from {download.url}; {OTHER_ADDRESS}"
+            f"{download.path}: {problem}, as fetched twice from {download.url}; "
+            f"{elsewhere(download)}"
         )
 
 

@@ -16,7 +16,10 @@ FIRST_WAIT = 1.0  # seconds before the first retry; doubled for each further one
 LONGEST_WAIT = 60.0
 LONGEST_REQUESTED_WAIT = 600.0  # a server may ask for more patience, up to this
 CHUNK = 1 << 16  # bytes
-OTHER_ADDRESS = "give another address with --base-url, or files you have with --from"
+
+
+def elsewhere(download):
+    return f"give another address with {download.option}, or files you have with --from"
 
 
 class _Interrupted(Exception):
@@ -47,7 +50,7 @@ def receive(download, handle, batch):
             if failures > batch.retries:
                 raise OptionError(
                     f"{download.url}: {error}; gave up after {batch.retries} retries: run the "
-                    f"same command again later, which goes on from there, or {OTHER_ADDRESS}"
+                    f"same command again later, which goes on from there, or {elsewhere(download)}"
                 ) from None
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1)
             batch.sleep(max(wait, min(error.requested_wait, LONGEST_REQUESTED_WAIT)))
@@ -62,7 +65,7 @@ def _receive_some(download, handle, batch):
     offset = size_of(handle)
     if offset == download.size:
         return
-    with _request(download.url, offset, known) as response:
+    with _request(download, offset, known) as response:
         if response.status == 416:
             if response.headers.get("Content-Range") == f"bytes */{offset}":
                 return  # complete already
@@ -86,17 +89,17 @@ def _receive_some(download, handle, batch):
             raise _Interrupted(f"the connection ended after {size_of(handle)} of {total} bytes")
 
 
-def _request(url, offset, version):
+def _request(download, offset, version):
     """An answer with status 200, 206 or 416."""
-    if not re.match("https?://", url):
-        raise OptionError(f"{url}: not an http or https address; {OTHER_ADDRESS}")
+    if not re.match("https?://", download.url):
+        raise OptionError(f"{download.url}: not an http or https address; {elsewhere(download)}")
     headers = {"User-Agent": "fairseq-smoe", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
         if version:
             headers["If-Range"] = version
     try:
-        request = urllib.request.Request(url, headers=headers)
+        request = urllib.request.Request(download.url, headers=headers)
         return urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and offset:
@@ -104,9 +107,9 @@ def _request(url, offset, version):
         reason = f"the server answers {error.code} {error.reason}"
         if error.code in (408, 429) or error.code >= 500:
             raise _Interrupted(reason, _retry_after(error.headers)) from None
-        raise OptionError(f"{url}: {reason}; {OTHER_ADDRESS}") from None
+        raise OptionError(f"{download.url}: {reason}; {elsewhere(download)}") from None
     except (http.client.InvalidURL, ValueError) as error:
-        raise OptionError(f"{url}: {error}; {OTHER_ADDRESS}") from None
+        raise OptionError(f"{download.url}: {error}; {elsewhere(download)}") from None
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(getattr(error, "reason", error)) from None
 

@@ -1,0 +1,204 @@
+"""Find the two files of every language pair, in folders and archives of several layouts."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.archives import (
+    SUFFIXES,
+    DamagedArchive,
+    is_archive,
+    refuse,
+    visit_members,
+)
+from fairseq_smoe.preparation.files import whole_file, write_whole
+
+# prefix -> the folder, and ending, of Flores-200 that it stands for
+FLORES_FOLDERS = {"dev": "dev", "test": "devtest"}
+FLORES_ENGLISH = {"en": "eng_Latn", "eng": "eng_Latn"}
+FINISHED = "finished.json"
+
+
+def collect(sources, target, wanted, flores_codes=None):
+    """Bring the text of language pairs together as ``target/SPLIT.A-B.LANG``.
+
+    Args:
+        sources: folders and archives, searched to any depth; the first with a pair wins.
+        target: folder. The files there are symbolic links: to the text, where it is in a folder;
+            to ``target/unpacked``, where it is from an archive.
+        wanted: ``{(split, "A-B"): prefix}``: what the files are called, see :func:`layouts`.
+        flores_codes: ``{language: its name in Flores-200}``; English is known.
+
+    Returns:
+        The set of ``(split, "A-B")`` that were found.
+
+    Raises:
+        OptionError: a source is missing, damaged, ambiguous, or has one side of a pair only.
+    """
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for split, pair in wanted:  # an earlier call may have found what these sources lack
+        for lang in pair.split("-"):
+            path = target / f"{split}.{pair}.{lang}"
+            if path.is_symlink():
+                path.unlink()
+    sources = [_checked(Path(source)) for source in sources]
+    found = set()
+    for source in sources:
+        missing = {
+            (split, pair): layouts(prefix, pair, flores_codes)
+            for (split, pair), prefix in wanted.items()
+            if (split, pair) not in found
+        }
+        layouts_of_all = [sides for options in missing.values() for sides in options]
+        names = {name for sides in layouts_of_all for name in sides.values()}
+        if not names:
+            break
+        search = _search if source.is_dir() else _unpack
+        files = search(source, names, target)
+        for (split, pair), options in missing.items():
+            sides = _best_layout(source, options, files)
+            for lang, name in sides.items():
+                _link(files[name], target, f"{split}.{pair}.{lang}")
+            if sides:
+                found.add((split, pair))
+    return found
+
+
+def layouts(prefix, pair, flores_codes=None):
+    """``[{language: name of its file}]``, the best first; of Flores, the name with its folder."""
+    first, second = pair.split("-")
+    orders = (f"{first}-{second}", f"{second}-{first}")
+    langs = (first, second)
+    options = [{lang: f"{prefix}.{order}.{lang}" for lang in langs} for order in orders]
+    options += [{lang: f"opus.{order}-{prefix}.{lang}" for lang in langs} for order in orders]
+    codes = FLORES_ENGLISH | flores_codes if flores_codes else {}
+    if prefix in FLORES_FOLDERS and all(lang in codes for lang in langs):
+        folder = FLORES_FOLDERS[prefix]
+        options.append({lang: f"{folder}/{codes[lang]}.{folder}" for lang in langs})
+    return options
+
+
+def _best_layout(source, options, files):
+    """The first layout of which there are files; ``{}`` if there is none."""
+    for sides in options:
+        there = [name for name in sides.values() if name in files]
+        if there and len(there) < len(sides):
+            missing = next(name for name in sides.values() if name not in files)
+            raise OptionError(
+                f"--from {source}: has {there[0]} but not {missing}, the other side of the text"
+            )
+        if there:
+            return sides
+    return {}
+
+
+def _checked(source):
+    if not source.exists():
+        raise OptionError(f"--from {source}: no such file or folder")
+    if not source.is_dir() and not (source.is_file() and is_archive(source)):
+        raise OptionError(f"--from {source}: neither a folder nor an archive ({SUFFIXES})")
+    return source
+
+
+def _search(source, names, target):
+    """``{name: path}`` of the wanted names that lie in a folder."""
+    files, seen = {}, {target.resolve()}  # what is collected lies there: it is no source
+    for folder, subfolders, entries in os.walk(source, followlinks=True):
+        folder = Path(folder)
+        if folder.resolve() in seen:  # links may lead in circles
+            subfolders.clear()
+            continue
+        seen.add(folder.resolve())
+        subfolders.sort()
+        for entry in sorted(entries):
+            path = folder / entry
+            name = _wanted_name(path, names)
+            if name and name in files and not path.samefile(files[name]):
+                raise _ambiguous(source, files[name], path)
+            if name:
+                files.setdefault(name, path.absolute())
+    return files
+
+
+def _wanted_name(path, names):
+    """The name by which a file is wanted, or None."""
+    if "__MACOSX" in path.parts or path.name.startswith("._"):
+        return None  # not text, but what macOS notes about a file of that name
+    for name in (path.name, "/".join(path.parts[-2:])):
+        if name in names:
+            return name
+    return None
+
+
+def _ambiguous(source, first, second):
+    return OptionError(
+        f"--from {source}: both {first} and {second}; give the folder of one, or remove the other"
+    )
+
+
+def _unpack(archive, names, target):
+    """The same for an archive: extracts what is wanted, once."""
+    state = archive.stat()
+    identity = f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}"
+    # of this version of the archive alone: what is there can be kept
+    version = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = target / "unpacked" / f"{archive.name}-{version}"
+    if not _is_unpacked(folder, names):
+        for orphan in folder.rglob("*.part[0-9]*"):  # of a killed run
+            orphan.unlink()
+        members = {}
+
+        def extract(member):
+            name = None if member.is_folder else _wanted_name(PurePosixPath(member.path), names)
+            if name is None:
+                return
+            if not member.is_file:
+                refuse(archive, f"{member.path!r} is a link or device")
+            if name in members:
+                raise _ambiguous(archive, members[name], member.path)
+            members[name] = member.path
+            path = folder / name
+            if not path.exists():  # else of an earlier call, and complete
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with member.open() as text, whole_file(path) as out:
+                    shutil.copyfileobj(text, out, 1 << 20)
+
+        try:
+            visit_members(archive, f"read {archive.name}", extract)
+        except DamagedArchive:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "archive": str(archive.resolve()),
+            "bytes": state.st_size,
+            "modified_ns": state.st_mtime_ns,
+            "looked_for": sorted(names),
+            "members": members,
+        }
+        write_whole(folder / FINISHED, json.dumps(record, indent=1) + "\n")
+    return {name: folder / name for name in names if (folder / name).exists()}
+
+
+def _is_unpacked(folder, names):
+    """Whether all that the archive has of ``names`` is there."""
+    finished = folder / FINISHED
+    if not finished.exists():
+        return False
+    record = json.loads(finished.read_text(encoding="utf-8"))
+    return names <= set(record["looked_for"]) and all(
+        (folder / name).exists() for name in record["members"]
+    )
+
+
+def _link(path, target, name):
+    """A link that appears at once, in place of any older one."""
+    part = target / f"{name}.part{os.getpid()}"
+    part.unlink(missing_ok=True)
+    inside = path.is_relative_to(target)
+    part.symlink_to(path.relative_to(target) if inside else path)
+    os.replace(part, target / name)
