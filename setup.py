@@ -38,6 +38,11 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    "data": [
+        "gdown",  # files on Google Drive
+        "mtdata",  # --recipe
+        "matplotlib",  # pictures of the report
+    ],
     "demo": [
         "polib",  # reads gettext catalogues
         "matplotlib",
@@ -58,6 +63,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_smoe", "fairseq_smoe.*"]),
+    package_data={"fairseq_smoe": ["benchmarks/*"]},
     python_requires=">=3.11,<3.13",  # fairseq has no wheels for later ones
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

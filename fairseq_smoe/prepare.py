@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import options, steps
-from fairseq_smoe.preparation.files import only_process_in
+from fairseq_smoe.preparation.files import only_process_in, remove_unfinished
 from fairseq_smoe.preparation.plan import make_plan
 from fairseq_smoe.preparation.record import Record
 
@@ -21,6 +21,8 @@ def run(args):
     plan = make_plan(args)
     plan.work.mkdir(parents=True, exist_ok=True)
     with only_process_in(plan.target):
+        for pattern in ("*", "shard*/*", "work/**/*"):
+            remove_unfinished(plan.target, pattern)
         record = Record(plan.target)
         if args.redo:
             steps.forget_output(plan, args.redo)
@@ -41,8 +43,7 @@ def _run_step(step, plan, record, settings):
     try:
         getattr(steps, step)(plan)
     except OptionError:
-        if step in options.ASK_FOR_OTHER_OPTIONS:
-            steps.forget_output(plan, step)
+        if step in options.FREE_AFTER_FAILURE:
             record.forget(step)
         raise
     record.complete(

@@ -1,36 +1,63 @@
-"""Preparing data: the first command of a new user, on text of a few hundred lines."""
+"""``python -m fairseq_smoe prepare``: the first command of a new user, on text of a few hundred lines."""
 
 import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import sentencepiece as spm
+import toy_task
 from fairseq.data import Dictionary, indexed_dataset
 
 from fairseq_smoe import prepare
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import only_process_in, whole_file
+from fairseq_smoe.preparation.options import STEPS
+
+
+def write_text(folder, train_lines=300, pair="en-de"):
+    """Parallel text of ``pair`` in files named ``SPLIT.PAIR.LANG``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for split, size in (("train", train_lines), ("valid", 20), ("test", 20)):
+        numbers = rng.integers(0, 50, (size, 4))
+        for lang, word in zip(pair.split("-"), ("word", "Wort")):
+            lines = [" ".join(f"{word}{n}" for n in line) for line in numbers]
+            (folder / f"{split}.{pair}.{lang}").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture
 def text(tmp_path):
-    """Parallel text of en-de in ``tmp_path / "text"``."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for split, size in (("train", 300), ("valid", 20), ("test", 20)):
-        numbers = rng.integers(0, 50, (size, 4))
-        for lang, word in (("en", "word"), ("de", "Wort")):
-            lines = [" ".join(f"{word}{n}" for n in line) for line in numbers]
-            (folder / f"{split}.en-de.{lang}").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_text(tmp_path / "text")
+
+
+def words(text, target, **options):
+    """The command line; a space in an option's value separates several values."""
+    options = {"pairs": "en-de", "vocab-size": "50", "workers": "1", **options}
+    more = [w for name, value in options.items() for w in (f"--{name}", *value.split())]
+    return ["--from", str(text), "--to", str(target), *more]
 
 
 def run(text, target, **options):
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
-    options = {"pairs": "en-de", "vocab-size": "50", **options}
-    words = [w for name, value in options.items() for w in (f"--{name}", *value.split())]
-    prepare.run(parser.parse_args(["--from", str(text), "--to", str(target), *words]))
+    prepare.run(parser.parse_args(words(text, target, **options)))
+
+
+def contents(folder):
+    """``{name: bytes}`` of what training and a reader need: all but work/ and the times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "work" not in path.parts and path.name not in ("steps.json", ".lock")
+    }
 
 
 def read_sentences(target, split, lang):
@@ -42,7 +69,7 @@ def read_sentences(target, split, lang):
 
 
 def test_text_comes_back_from_the_binary_files(text, tmp_path):
-    run(text, tmp_path / "data")
+    run(text, tmp_path / "data", workers="2")
     for split in ("train", "valid", "test"):
         for lang in ("en", "de"):
             expected = (text / f"{split}.en-de.{lang}").read_text().splitlines()
@@ -50,38 +77,107 @@ def test_text_comes_back_from_the_binary_files(text, tmp_path):
     assert (tmp_path / "data" / "langs.txt").read_text() == "de\nen\n"
 
 
-def test_a_carriage_return_ends_no_sentence(text, tmp_path):
-    path = text / "valid.en-de.en"
-    path.write_bytes(path.read_bytes().replace(b" ", b"\r", 1).replace(b"\n", b"\r\n"))
+def test_the_report_counts_what_is_there(text, tmp_path):
+    with open(text / "train.en-de.en", "a") as en, open(text / "train.en-de.de", "a") as de:
+        en.write("same\n\nword1 word2\n")
+        de.write("same\nleer\n" + "x" * 2000 + "\n")
     run(text, tmp_path / "data")
-    assert len(read_sentences(tmp_path / "data", "valid", "en")) == 20
+    report = json.loads((tmp_path / "data" / "report.json").read_text())
+    facts = report["pairs"]["en-de"]
+    dropped = {rule: count["lines"] for rule, count in facts["dropped"].items() if count["lines"]}
+    assert dropped == {"identical": 1, "empty": 1, "too_long": 1}
+    assert (facts["found"], facts["kept"]) == (303, 300)
+    assert facts["held_out"] == {"valid": 20, "test": 20}
+    assert facts["probability_per_direction"] == 0.5
+    for lang, side in facts["sides"].items():
+        path = tmp_path / "data" / f"train.en-de.{lang}"
+        data = indexed_dataset.make_dataset(str(path), impl="mmap")
+        tokens = sum(map(len, data))
+        assert side["tokens"] == tokens and side["tokens_per_line"] == tokens / 300
+    page = (tmp_path / "data" / "report.md").read_text()
+    assert "| too long | 1 | 0.33% | 3 |" in page and "| en-de | 300 | 20 | 20 |" in page
+    for picture in ("report-sizes.png", "report-lengths.png"):
+        assert f"({picture})" in page
+        assert (tmp_path / "data" / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_call_does_nothing_and_another_one_is_refused(text, tmp_path):
+def test_a_second_call_does_nothing_and_another_one_is_refused(text, tmp_path, capsys):
     target = tmp_path / "data"
     run(text, target)
-    before = {path: path.stat().st_mtime_ns for path in target.glob("*.bin")}
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()}
+    capsys.readouterr()
     run(text, target)
-    assert before == {path: path.stat().st_mtime_ns for path in target.glob("*.bin")}
-    with pytest.raises(OptionError, match="--vocab-size 40: .* begun with --vocab-size 50; delete"):
+    assert capsys.readouterr().out.count("already complete") == len(STEPS)
+    (target / "work/raw/train.en-de.en").unlink()  # what is complete is not looked for again
+    run(text, target)
+    after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
+    changed = {path.name for path in after if after[path] != before[path]}
+    assert changed <= {"steps.json", ".lock"}
+    with pytest.raises(OptionError, match="--vocab-size 40: .* begun with --vocab-size 50; .* --redo"):
         run(text, target, **{"vocab-size": "40"})
+
+
+def test_redo_replaces_a_step_and_those_after_it(text, tmp_path):
+    target, fresh = tmp_path / "data", tmp_path / "fresh"
+    run(text, target)
+    run(text, target, **{"vocab-size": "40", "redo": "sentencepiece"})
+    run(text, fresh, **{"vocab-size": "40"})
+    assert contents(target) == contents(fresh)
+    run(text, target, **{"vocab-size": "40", "redo": "binarise", "lines-per-shard": "100"})
+    assert not (target / "train.en-de.en.bin").exists()
+    assert sorted(path.name for path in target.glob("shard*")) == ["shard000", "shard001", "shard002"]
+    assert (target / "shard002/train.en-de.de.idx").exists()
+    assert (target / "valid.en-de.de.idx").exists()
+
+
+def test_steps_run_one_by_one(text, tmp_path):
+    with pytest.raises(OptionError, match="--steps clean: fetch is not complete"):
+        run(text, tmp_path / "data", steps="clean")
+    for step in STEPS:
+        run(text, tmp_path / "data", steps=step)
+    run(text, tmp_path / "at once")
+    assert contents(tmp_path / "data") == contents(tmp_path / "at once")
+
+
+def test_the_number_of_processes_does_not_matter(text, tmp_path):
+    write_text(text, 700, "en-nl")
+    for workers in ("1", "3"):
+        run(text, tmp_path / workers, workers=workers, pairs="en-de,en-nl")
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_a_pair_without_text_to_test_on(text, tmp_path):
+    write_text(text, 100, "en-nl")
+    for split in ("valid", "test"):
+        for lang in ("en", "nl"):
+            (text / f"{split}.en-nl.{lang}").write_text("")
+    run(text, tmp_path / "data", pairs="en-de,en-nl")
+    names = {path.name for path in (tmp_path / "data").glob("*.en-nl.*")}
+    assert names == {f"train.en-nl.{lang}.{end}" for lang in ("en", "nl") for end in ("bin", "idx")}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"pairs": "ende"}, "--pairs ende: expected two languages"),
-        ({"pairs": "en-nl"}, "train.en-nl.en: no such file"),
+        ({"pairs": "en-de,de-en"}, "--pairs en-de: given twice"),
+        ({"pairs": "en-nl"}, "--from .*text: no training text of en-nl; expected train.en-nl"),
         ({"splits": "train=train"}, "--splits: valid is missing"),
         ({"splits": "train=train valid=valid dev=valid"}, "--splits dev=valid: expected"),
         ({"splits": "train=train valid=valid test2=test"}, "--splits test2: name test sets"),
-        ({"vocab-size": "9000"}, "--vocab-size 9000: SentencePiece says: .*Vocabulary size too high"),
+        ({"splits": "train=train valid=dev"}, "no text of split valid; expected dev.en-de"),
+        ({"vocab-size": "9000"}, "--vocab-size 9000: SentencePiece says: Vocabulary size too high"),
+        ({"vocab-size": "12"}, "--vocab-size 12: SentencePiece says: Vocabulary size is smaller"),
+        ({"temperature": "0.5"}, "--temperature 0.5: expected at least 1"),
+        ({"character-coverage": "99"}, "--character-coverage 99.0: expected a share"),
+        ({"workers": "0"}, "--workers 0: expected at least 1"),
+        ({"max-length": "3"}, "--pairs en-de: no training text is left .*300 too_long"),
     ],
 )
-def test_mistakes_are_named(options, message, text, tmp_path):
+def test_mistakes_are_named_and_cost_nothing(options, message, text, tmp_path):
     with pytest.raises(OptionError, match=message):
         run(text, tmp_path / "data", **options)
-    run(text, tmp_path / "data")  # and cost nothing
+    run(text, tmp_path / "data", **({"redo": "fetch"} if "max-length" in options else {}))
 
 
 def test_files_of_different_length_are_refused(text, tmp_path):
@@ -89,3 +185,57 @@ def test_files_of_different_length_are_refused(text, tmp_path):
         handle.write("Noch eine Zeile\n")
     with pytest.raises(OptionError, match="test.en-de.en has 20 lines, .*test.en-de.de has 21"):
         run(text, tmp_path / "data")
+
+
+def test_text_that_is_not_utf8_is_named_or_dropped(text, tmp_path):
+    path = text / "valid.en-de.de"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\xe9\n", 7))
+    with pytest.raises(OptionError, match="valid.en-de.de: line 1 is not UTF-8.*--invalid-utf8 drop"):
+        run(text, tmp_path / "data")
+    run(text, tmp_path / "data", **{"invalid-utf8": "drop"})
+    assert len(read_sentences(tmp_path / "data", "valid", "en")) == 13
+
+
+def test_one_process_at_a_time(text, tmp_path):
+    with only_process_in(tmp_path):
+        with pytest.raises(OptionError, match=f"--to {tmp_path}: another process"):
+            run(text, tmp_path)
+    run(text, tmp_path)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    part = tmp_path / f"file.part{os.getpid()}"
+    part.symlink_to("/dev/full")  # every write to it fails for lack of space
+    with pytest.raises(OptionError, match="file: the disk is full; free some space and run"):
+        with whole_file(tmp_path / "file") as handle:
+            handle.write(b"x" * 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_at_any_time_it_finishes_with_the_same_files(tmp_path):
+    """SIGKILL to the command and its workers at random times; then the command once more."""
+    text = write_text(tmp_path / "text", 80_000)
+    options = {"workers": "2", "vocab-size": "60", "lines-per-shard": "15000"}
+    run(text, tmp_path / "undisturbed", **options)
+    target, rng = tmp_path / "data", random.Random(3)
+    command = [sys.executable, "-m", "fairseq_smoe", "prepare", *words(text, target, **options)]
+    interrupted = 0
+    for pause in [rng.uniform(0.5, 1.5) for _ in range(9)]:
+        process = subprocess.Popen(
+            command,
+            env=toy_task.environment(),
+            cwd=toy_task.REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(pause)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            interrupted += 1
+        process.wait()
+    assert interrupted >= 3
+    outcome = toy_task.run(*command)
+    assert outcome.stdout.endswith(f"{target}: complete\n")
+    assert contents(target) == contents(tmp_path / "undisturbed")
+    assert not list(target.rglob("*.part*"))

@@ -24,15 +24,15 @@ def token_type(dictionary_size):
     return np.dtype(np.uint16 if dictionary_size < 65500 else np.uint32)
 
 
-def chunk_bounds(path):
-    """``[(first byte, last byte + 1), ...]`` of every ``CHUNK_LINES`` lines of a file."""
+def chunk_bounds(path, chunk_lines=CHUNK_LINES):
+    """``[(first byte, last byte + 1), ...]`` of every ``chunk_lines`` lines of a file."""
     starts, lines, offset = [0], 0, 0
     with open(path, "rb") as handle:
         while block := handle.read(1 << 22):
             ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
             # of the lines that end in this block, those after which a chunk starts
-            first = CHUNK_LINES - lines % CHUNK_LINES - 1
-            starts += (offset + ends[first::CHUNK_LINES] + 1).tolist()
+            first = chunk_lines - lines % chunk_lines - 1
+            starts += (offset + ends[first::chunk_lines] + 1).tolist()
             lines += len(ends)
             offset += len(block)
     if starts[-1] != offset:

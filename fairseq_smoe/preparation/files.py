@@ -49,12 +49,10 @@ def write_whole(path, text):
         handle.write(text)
 
 
-def fresh_folder(path):
-    """Make a folder where it is missing, and remove the unfinished files of a killed run."""
-    path.mkdir(parents=True, exist_ok=True)
-    for part in path.glob("*.part[0-9]*"):
+def remove_unfinished(folder, pattern="*"):
+    """Remove what a killed process had begun to write with :func:`whole_file`."""
+    for part in folder.glob(f"{pattern}.part[0-9]*"):
         part.unlink(missing_ok=True)
-    return path
 
 
 @contextmanager

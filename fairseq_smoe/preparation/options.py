@@ -20,8 +20,8 @@ STEP_OPTIONS = {
     "report": (),
 }
 STEPS = tuple(STEP_OPTIONS)
-# steps that fail on text that does not fit the options, and have little to lose
-ASK_FOR_OTHER_OPTIONS = ("verify", "sentencepiece")
+# steps that leave nothing of their options behind when they fail: others may be tried next
+FREE_AFTER_FAILURE = ("fetch", "verify", "sentencepiece")
 
 
 def flag(name):

@@ -42,6 +42,8 @@ def plot_lengths(tokens, path):
     axes = figure.subplots()
     axes.bxp(boxes, showfliers=False)
     axes.set(yscale="log", ylabel="tokens per sentence: 5, 25, 50, 75, 95%")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", rotation=90, labelsize="small")
     _save(figure, path)
 

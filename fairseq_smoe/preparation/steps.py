@@ -14,7 +14,7 @@ from fairseq_smoe import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import binary, sources
 from fairseq_smoe.preparation.clean import clean_pair, write_held_out
-from fairseq_smoe.preparation.files import fresh_folder, write_whole
+from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.preparation.parallel_text import collect
 from fairseq_smoe.preparation.pool import in_parallel
 from fairseq_smoe.preparation.report import write_report
@@ -31,21 +31,30 @@ JOB_BYTES = 8_000_000  # text that a process encodes before it reports back
 
 def fetch(plan):
     """Download what is not given with --from, and bring all text to ``work/raw``."""
-    fresh_folder(plan.raw)
-    benchmark = benchmarks.load(plan.benchmark) if plan.benchmark else None
+    plan.raw.mkdir(exist_ok=True)
+    codes = benchmarks.load(plan.benchmark).flores_codes() if plan.benchmark else {}
     places = plan.sources or sources.fetch(plan)
     wanted = {
         (split, pair): prefix for split, prefix in plan.splits.items() for pair in plan.pairs
     }
-    codes = benchmark.flores_codes() if benchmark else {}
     found = collect(places, plan.raw, wanted, codes)
+    where = f"--from {' '.join(map(str, places))}"
     missing = [pair for pair in plan.pairs if ("train", pair) not in found]
     if missing and (len(missing) == len(plan.pairs) or not plan.skip_missing):
         raise OptionError(
-            f"--from {' '.join(map(str, places))}: no training text of {', '.join(missing[:10])}"
-            f"{', ...' * (len(missing) > 10)}; expected {plan.splits['train']}.{missing[0]}.* or "
-            f"opus.{missing[0]}-{plan.splits['train']}.*; give other --pairs or --skip-missing"
+            f"{where}: no training text of {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}; "
+            f"{_expected_files(plan, 'train', missing[0])}, or give other --pairs or --skip-missing"
         )
+    if not any(split == "valid" for split, _ in found):
+        raise OptionError(
+            f"{where}: no text of split valid; {_expected_files(plan, 'valid', plan.pairs[0])}, or "
+            "say with --splits valid=PREFIX how they are named"
+        )
+
+
+def _expected_files(plan, split, pair):
+    prefix = plan.splits[split]
+    return f"expected {prefix}.{pair}.* or opus.{pair}-{prefix}.*"
 
 
 def verify(plan):
@@ -61,7 +70,8 @@ def verify(plan):
 
 def clean(plan):
     """Drop what the rules say."""
-    folder = fresh_folder(plan.clean)
+    folder = plan.clean
+    folder.mkdir(exist_ok=True)
     found = plan.raw_splits()
     for lang in tqdm(plan.languages(found), desc="held-out text", unit="language"):
         if not (folder / f"held-out.{lang}.npy").exists():
@@ -98,7 +108,11 @@ def sentencepiece(plan):
     if not plan.sample.exists():
         write_sample(files, lines, plan.sample, plan.temperature, plan.sample_lines, plan.seed)
     if not plan.model.exists():
-        train_sentencepiece(plan.sample, plan.model, plan.vocab_size, plan.character_coverage)
+        try:
+            train_sentencepiece(plan.sample, plan.model, plan.vocab_size, plan.character_coverage)
+        except OptionError:
+            plan.sample.unlink()  # other options may make another one
+            raise
     langs = plan.languages(pairs)
     write_dictionary(_model(plan), langs, plan.dictionary)
     for lang in langs:  # fairseq reads one for each language
@@ -108,7 +122,7 @@ def sentencepiece(plan):
 
 def encode(plan):
     """Turn text into the numbers of the dictionary, in chunks."""
-    fresh_folder(plan.ids)
+    plan.ids.mkdir(exist_ok=True)
     jobs, job_bytes = [], JOB_BYTES
     for name in tqdm(_text_files(plan), desc="measure", unit="file"):
         bounds = binary.chunk_bounds(plan.clean / name)

@@ -1,5 +1,7 @@
 """The joint SentencePiece vocabulary: a sample of the text, the model, and fairseq's dictionary."""
 
+import io
+
 import numpy as np
 import sentencepiece as spm
 
@@ -71,23 +73,25 @@ def train_sentencepiece(sample, model_path, vocab_size, character_coverage):
     """Train a unigram model on a sample.
 
     Raises:
-        OptionError: the sample is too small for the vocabulary.
+        OptionError: the sample is too small for the vocabulary, or has too many characters.
     """
-    part = model_path.with_name("spm.part")
+    model = io.BytesIO()  # given file names, SentencePiece keeps them in the model
     try:
-        spm.SentencePieceTrainer.train(
-            input=str(sample),
-            model_prefix=str(part),
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            input_sentence_size=0,
-            num_threads=TRAINING_THREADS,
-            minloglevel=1,
-        )
-    except (RuntimeError, OSError) as error:
-        raise OptionError(f"--vocab-size {vocab_size}: SentencePiece says: {error}") from error
-    part.with_name("spm.part.vocab").unlink()
-    part.with_name("spm.part.model").replace(model_path)
+        with open(sample, encoding="utf-8", newline="\n") as lines:
+            spm.SentencePieceTrainer.train(
+                sentence_iterator=(line.rstrip("\n") for line in lines),
+                model_writer=model,
+                vocab_size=vocab_size,
+                character_coverage=character_coverage,
+                input_sentence_size=0,
+                num_threads=TRAINING_THREADS,
+                minloglevel=1,
+            )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rpartition("] ")[2]  # without the place in its code
+        raise OptionError(f"--vocab-size {vocab_size}: SentencePiece says: {reason}") from error
+    with whole_file(model_path) as handle:
+        handle.write(model.getvalue())
 
 
 def language_token(lang):
@@ -106,10 +110,10 @@ def write_dictionary(model, langs, path):
         for i in range(model.get_piece_size())
         if not (model.is_control(i) or model.is_unknown(i))
     ]
-    # a piece that fairseq has already, as from a corpus on HTML: read as a piece of its own
-    lines = [f"{p} 1{' #fairseq:overwrite' * (p in FAIRSEQ_SPECIALS)}" for p in pieces]
-    lines += [f"{language_token(lang)} 1" for lang in langs if language_token(lang) not in pieces]
-    write_whole(path, "".join(line + "\n" for line in lines))
+    # no piece is like a token of fairseq or a language: SentencePiece splits <s> and __de__, in which
+    # letters and signs mix
+    tokens = pieces + [language_token(lang) for lang in langs]
+    write_whole(path, "".join(f"{token} 1\n" for token in tokens))
 
 
 def fairseq_ids(model):

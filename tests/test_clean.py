@@ -1,0 +1,144 @@
+"""The cleaning rules, against a plain reference that reads everything at once."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation import clean
+from fairseq_smoe.preparation.clean import Rules, clean_pair, write_held_out
+
+# few words, so that examples hold equal sides, duplicates and held-out sentences
+LINES = st.lists(st.sampled_from(["a", "A  b", "ab", "c" * 30, "", "ａ", "d e", "ee"]), max_size=25)
+
+
+def write(folder, name, lines):
+    path = folder / name
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in lines))
+    return path
+
+
+def clean_texts(folder, train, held_out=((), ()), rules=Rules()):
+    """Clean ``[(first, second), ...]``; returns the pairs kept and the counts."""
+    paths = [write(folder, f"raw.{i}", [pair[i] for pair in train]) for i in range(2)]
+    known = []
+    for i, lines in enumerate(held_out):
+        known.append(folder / f"held-out.{i}.npy")
+        write_held_out([write(folder, f"held-out.{i}", lines)], known[i])
+    targets = [folder / f"clean.{i}" for i in range(2)]
+    counts = clean.clean_training_text(paths, targets, rules, known)
+    sides = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in targets]
+    return list(zip(*sides)), {name: count["lines"] for name, count in counts.items()}
+
+
+def reference(train, held_out, rules):
+    """Pairs kept, and how many each rule drops; one pair after the other."""
+
+    def key(text):
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    known = [{key(line) for line in lines} - {""} for lines in held_out]
+    kept, counts = [], dict.fromkeys((*clean.RULES, "kept"), 0)
+    for pair in train:
+        pair = tuple(text.strip() for text in pair)
+        shorter, longer = sorted(map(len, pair))
+        if rules.empty == "drop" and "" in pair:
+            verdict = "empty"
+        elif rules.identical == "drop" and pair[0] == pair[1]:
+            verdict = "identical"
+        elif longer > (rules.max_length or longer):
+            verdict = "too_long"
+        elif rules.max_length_ratio and longer > rules.max_length_ratio * max(shorter, 1):
+            verdict = "length_ratio"
+        elif rules.held_out == "drop" and any(key(t) in k for t, k in zip(pair, known)):
+            verdict = "held_out"
+        elif rules.duplicates == "drop" and pair in kept:
+            verdict = "duplicate"
+        else:
+            verdict = "kept"
+            kept.append(pair)
+        counts[verdict] += 1
+    return kept, counts
+
+
+@given(
+    st.lists(LINES, min_size=4, max_size=4),
+    st.builds(
+        Rules,
+        empty=st.sampled_from(["drop", "keep"]),
+        identical=st.sampled_from(["drop", "keep"]),
+        max_length=st.sampled_from([0, 3, 1000]),
+        max_length_ratio=st.sampled_from([0, 2.5, 9]),
+        held_out=st.sampled_from(["drop", "keep"]),
+        duplicates=st.sampled_from(["drop", "keep"]),
+    ),
+    st.sampled_from([1, 4, 100_000]),
+)
+@settings(max_examples=150, deadline=None)
+def test_rules_agree_with_a_plain_reference(tmp_path_factory, columns, rules, block_lines):
+    train = list(zip(columns[0], columns[1]))
+    held_out = columns[2:]
+    expected = reference(train, held_out, rules)
+    folder = tmp_path_factory.mktemp("clean")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clean, "BLOCK_LINES", block_lines)
+        assert clean_texts(folder, train, held_out, rules) == expected
+
+
+def test_every_rule_has_a_count(tmp_path):
+    train = [
+        (b"caf\xe9", "not UTF-8"),
+        ("nothing", "  "),
+        ("OK", "OK"),
+        ("long", "x" * 11),
+        ("a", "bbbbbb"),
+        ("known  Sentence", "bekannt"),
+        ("new", "neu"),
+        ("new", "neu"),
+    ]
+    rules = Rules(invalid_utf8="drop", max_length=15, max_length_ratio=5)
+    train[3] = ("long", "x" * 16)
+    kept, counts = clean_texts(tmp_path, train, (["Known sentence"], []), rules)
+    assert kept == [("new", "neu")]
+    assert counts == dict.fromkeys((*clean.RULES, "kept"), 1)
+
+
+def test_control_characters_do_not_split_sentences(tmp_path):
+    kept, _ = clean_texts(tmp_path, [("one\rtwo\x85three\u2028four\r", "\ufeffeins\x00zwei\tdrei")])
+    assert kept == [("one two three four", "eins zwei drei")]
+
+
+def test_words_are_counted_on_both_sides(tmp_path):
+    paths = [write(tmp_path, "a", ["one two"]), write(tmp_path, "b", ["eins zwei drei"])]
+    known = [tmp_path / "none.npy"] * 2
+    write_held_out([], known[0])
+    counts = clean.clean_training_text(
+        paths, [tmp_path / "c", tmp_path / "d"], Rules(), known
+    )
+    assert counts["kept"] == {"lines": 1, "words": 5}
+
+
+def test_text_to_test_on_is_left_alone(tmp_path):
+    train, test = [("a b", "c d")], [("x", "x"), ("x", "x"), ("", "y"), ("z" * 2000, "")]
+    for split, pairs in (("train", train), ("test", test)):
+        for i, lang in enumerate(("en", "de")):
+            write(tmp_path, f"{split}.en-de.{lang}", [pair[i] for pair in pairs])
+    folder = tmp_path / "clean"
+    folder.mkdir()
+    for lang in ("en", "de"):
+        write_held_out([tmp_path / f"test.en-de.{lang}"], folder / f"held-out.{lang}.npy")
+    clean_pair("en-de", tmp_path, folder, ["train", "test"], Rules())
+    for lang in ("en", "de"):
+        name = f"test.en-de.{lang}"
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_pair_without_training_text_is_named(tmp_path):
+    for lang in ("en", "de"):
+        write(tmp_path, f"train.en-de.{lang}", ["same"])
+        np.save(tmp_path / f"held-out.{lang}.npy", np.empty(0, np.uint64))
+    with pytest.raises(OptionError, match=r"--pairs en-de: no training text .*\(1 identical\)"):
+        clean_pair("en-de", tmp_path, tmp_path, ["train"], Rules())
