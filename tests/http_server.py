@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, wanted = self.settings, self.headers.get("Range")
         server.requests.append((self.path, wanted))
-        path = server.folder / self.path.lstrip("/")
+        path = server.folder / self.path.partition("?")[0].lstrip("/")
         if server.statuses:
             self.refuse(server.statuses.pop(0))
         elif not path.is_file():

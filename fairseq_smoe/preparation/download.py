@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.files import disk_space_for
-from fairseq_smoe.preparation.transfer import elsewhere, empty, receive, size_of, version_file
+from fairseq_smoe.preparation.transfer import empty, receive, size_of, version_file
 
 GRACE = 2.0  # seconds that the other files get to stop after a failure
 
@@ -28,7 +28,7 @@ class Download:
     sha256: str | None = None
     # called with the path of the complete part: what is wrong with it, in words, or None
     check: Callable[[Path], str | None] | None = None
-    option: str = "--base-url"  # that gives another address; for messages
+    remedy: str = "give another address with --base-url, or files you have with --from"
 
 
 def download_all(downloads, connections=4, retries=5):
@@ -131,11 +131,10 @@ def _fetch(download, batch):
                 version_file(download).unlink(missing_ok=True)
                 return
             empty(part, batch)
-        os.unlink(part.name)
         version_file(download).unlink(missing_ok=True)
         raise OptionError(
             f"{download.path}: {problem}, as fetched twice from {download.url}; "
-            f"{elsewhere(download)}"
+            + download.remedy
         )
 
 
@@ -152,7 +151,11 @@ def _locked_part(download):
                 path.unlink()
             yield None
         elif locked and ours:
-            yield part
+            try:
+                yield part
+            finally:
+                if size_of(part) == 0:
+                    path.unlink(missing_ok=True)
         else:
             raise OptionError(
                 f"{download.path}: another process is downloading it; wait for that one or end it"

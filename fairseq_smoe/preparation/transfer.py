@@ -18,10 +18,6 @@ LONGEST_REQUESTED_WAIT = 600.0  # a server may ask for more patience, up to this
 CHUNK = 1 << 16  # bytes
 
 
-def elsewhere(download):
-    return f"give another address with {download.option}, or files you have with --from"
-
-
 class _Interrupted(Exception):
     """A transfer ended early, for a reason that may pass."""
 
@@ -50,7 +46,7 @@ def receive(download, handle, batch):
             if failures > batch.retries:
                 raise OptionError(
                     f"{download.url}: {error}; gave up after {batch.retries} retries: run the "
-                    f"same command again later, which goes on from there, or {elsewhere(download)}"
+                    f"same command again later, which goes on from there, or {download.remedy}"
                 ) from None
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1)
             batch.sleep(max(wait, min(error.requested_wait, LONGEST_REQUESTED_WAIT)))
@@ -92,7 +88,7 @@ def _receive_some(download, handle, batch):
 def _request(download, offset, version):
     """An answer with status 200, 206 or 416."""
     if not re.match("https?://", download.url):
-        raise OptionError(f"{download.url}: not an http or https address; {elsewhere(download)}")
+        raise OptionError(f"{download.url}: not an http or https address; {download.remedy}")
     headers = {"User-Agent": "fairseq-smoe", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -107,9 +103,9 @@ def _request(download, offset, version):
         reason = f"the server answers {error.code} {error.reason}"
         if error.code in (408, 429) or error.code >= 500:
             raise _Interrupted(reason, _retry_after(error.headers)) from None
-        raise OptionError(f"{download.url}: {reason}; {elsewhere(download)}") from None
+        raise OptionError(f"{download.url}: {reason}; {download.remedy}") from None
     except (http.client.InvalidURL, ValueError) as error:
-        raise OptionError(f"{download.url}: {error}; {elsewhere(download)}") from None
+        raise OptionError(f"{download.url}: {error}; {download.remedy}") from None
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(getattr(error, "reason", error)) from None
 
