@@ -32,6 +32,9 @@ def main(argv=None):
         modules[args.command].run(args)
     except OneLineError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)  # what shells report of a command that Ctrl-C has ended
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def _run_step(step, plan, record, settings):
     if record.is_complete(step):
         print(f"{step}: already complete")
         return
+    print(f"{step} ...", flush=True)
     started = time.monotonic()
     try:
         getattr(steps, step)(plan)

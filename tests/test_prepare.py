@@ -212,30 +212,48 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def start(text, target, **options):
+    """The command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fairseq_smoe", "prepare", *words(text, target, **options)],
+        env=toy_task.environment(),
+        cwd=toy_task.REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_ctrl_c_stops_in_one_line(tmp_path):
+    write_text(tmp_path / "text", 200_000)
+    write_text(tmp_path / "text", 200_000, "en-nl")
+    with start(tmp_path / "text", tmp_path / "data", workers="2", pairs="en-de,en-nl") as process:
+        for line in process.stdout:
+            if line.startswith("clean"):
+                break
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(10) == 130
+        messages = process.stderr.read()
+        assert "Traceback" not in messages and messages.endswith("stopped\n")
+
+
 def test_killed_at_any_time_it_finishes_with_the_same_files(tmp_path):
     """SIGKILL to the command and its workers at random times; then the command once more."""
     text = write_text(tmp_path / "text", 80_000)
     options = {"workers": "2", "vocab-size": "60", "lines-per-shard": "15000"}
     run(text, tmp_path / "undisturbed", **options)
     target, rng = tmp_path / "data", random.Random(3)
-    command = [sys.executable, "-m", "fairseq_smoe", "prepare", *words(text, target, **options)]
     interrupted = 0
     for pause in [rng.uniform(0.5, 1.5) for _ in range(9)]:
-        process = subprocess.Popen(
-            command,
-            env=toy_task.environment(),
-            cwd=toy_task.REPOSITORY,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = start(text, target, **options)
         time.sleep(pause)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             interrupted += 1
-        process.wait()
+        process.communicate()
     assert interrupted >= 3
-    outcome = toy_task.run(*command)
-    assert outcome.stdout.endswith(f"{target}: complete\n")
+    run(text, target, **options)
     assert contents(target) == contents(tmp_path / "undisturbed")
     assert not list(target.rglob("*.part*"))

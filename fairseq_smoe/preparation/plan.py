@@ -118,7 +118,8 @@ def make_plan(args):
     _check_numbers(args)
     return Plan(
         target=Path(args.to).resolve(),
-        sources=tuple(args.sources or ()),
+        sources=tuple(str(Path(source).absolute()) for source in args.sources or ()),
+        recipe=args.recipe and str(Path(args.recipe).absolute()),
         pairs=tuple(pairs),
         splits=parse_splits(args.splits) if args.splits else splits,
         rules=Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)}),
@@ -127,7 +128,7 @@ def make_plan(args):
         **{
             name: getattr(args, name)
             for name in (
-                *("benchmark", "skip_missing", "recipe", "data_address", "flores_address"),
+                *("benchmark", "skip_missing", "data_address", "flores_address"),
                 *("connections", "character_coverage", "sample_lines", "seed"),
                 *("lines_per_shard", "workers"),
             )

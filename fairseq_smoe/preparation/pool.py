@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +30,7 @@ def in_parallel(function, jobs, workers, title, unit):
     pool = ProcessPoolExecutor(
         max_workers=min(workers, len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
+        initializer=_end_quietly_with_parent,
         initargs=(os.getpid(),),
     )
     with bar, pool:
@@ -54,8 +55,10 @@ def _counted(function, job, bar):
     return result
 
 
-def _end_with_parent(parent):
-    """Processes of a pool wait for work forever when their parent is killed."""
+def _end_quietly_with_parent(parent):
+    """Processes of a pool wait for work forever when their parent is killed, and print a traceback
+    each on Ctrl-C, which all processes of a terminal receive."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
     def watch():
         while os.getppid() == parent:
