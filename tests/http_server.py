@@ -23,6 +23,7 @@ class FaultyServer:
     ranges: False ignores Range requests
     validator: "etag", "date" or None
     honest_if_range: False sends a range even if the file has changed
+    shift: ranges begin so many bytes too late
     wrong, times_wrong: bytes to send instead of a file's, so many times
     delay: seconds before each chunk of 4 KiB
     length: False sends no Content-Length
@@ -33,6 +34,7 @@ class FaultyServer:
         self.cut_after, self.cuts = None, 0
         self.statuses, self.retry_after = [], None
         self.ranges, self.validator, self.honest_if_range = True, "etag", True
+        self.shift = 0
         self.wrong, self.times_wrong = b"", 0
         self.delay, self.length = 0.0, True
         self.requests = []  # (path, value of the Range header or None)
@@ -85,6 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif (start := int(wanted.removeprefix("bytes=").removesuffix("-"))) >= len(content):
             self.refuse(416, {"Content-Range": f"bytes */{len(content)}"})
         else:
+            start += server.shift
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             self.answer(206, content[start:], headers)
 

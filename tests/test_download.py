@@ -190,6 +190,13 @@ def test_server_that_ignores_if_range(server, tmp_path):
     check_complete(download)
 
 
+def test_server_that_sends_another_range(server, tmp_path):
+    server.shift, server.cut_after, server.cuts = 5, 100_000, 1
+    download_all([download := job(server, tmp_path)])
+    assert ranges(server) == [None, "bytes=100000-", None]
+    check_complete(download)
+
+
 def test_without_version_and_checksum_starts_again(server, tmp_path):
     server.validator, server.cut_after, server.cuts = None, 100_000, 1
     download_all([download := job(server, tmp_path, size=len(CONTENT))])

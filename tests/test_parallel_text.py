@@ -136,6 +136,29 @@ def test_other_sources_the_second_time(tmp_path):
     assert set(texts(target)) == {"train.eng-tgl.eng", "train.eng-tgl.tgl"}
 
 
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OptionError, match=f"--from {tmp_path}: {tmp_path}: Permission denied"):
+        collect([tmp_path], tmp_path / "target", WANTED)
+
+
+def test_dangling_link_is_no_text(tmp_path):
+    source = write_folder(tmp_path / "source", DIRECT)
+    (source / "m15/train.eng-nso.nso").unlink()
+    (source / "m15/train.eng-nso.nso").symlink_to("gone")
+    with pytest.raises(OptionError, match="but not train.eng-nso.nso"):
+        collect([source], tmp_path / "target", WANTED)
+
+
+def test_zip_with_backslashes(tmp_path):
+    files = {name.replace("/", "\\"): text for name, text in DIRECT.items()}
+    path = write_archive(tmp_path / "a.zip", files)
+    assert len(collect([path], tmp_path / "target", WANTED)) == 2
+
+
 def test_same_name_twice(tmp_path):
     twice = {**DIRECT, "copy/train.eng-nso.eng": "another\n"}
     sources = [write_folder(tmp_path / "f", twice), write_archive(tmp_path / "a.tar", twice)]

@@ -184,14 +184,14 @@ def test_m15_killed_before_the_test_of_the_archive(drive, tmp_path):
 @pytest.mark.parametrize("content", [b"<html>quota exceeded</html>", M15[:-30]])
 def test_m15_from_google_drive_is_tested(drive, tmp_path, content):
     (drive.folder / "ID").write_bytes(content)
-    with pytest.raises(OptionError, match="--base-url gdrive:ID: .*--from FILE") as error:
+    with pytest.raises(OptionError, match="--base-url gdrive:ID: .*save it as .*m15.zip") as error:
         sources.fetch_m15(tmp_path / "got", "gdrive:ID")
     assert "\n" not in str(error.value) and os.listdir(tmp_path / "got") == []
 
 
 def test_google_drive_refuses(drive, tmp_path):
     drive.statuses = [403]
-    with pytest.raises(OptionError, match="gdrive:ID: 403 .*in a browser.*--from FILE"):
+    with pytest.raises(OptionError, match="gdrive:ID: 403 .*in a browser and save it as .*m15.zip"):
         sources.fetch_m15(tmp_path / "got", "gdrive:ID")
 
 

@@ -102,9 +102,8 @@ def _visit_zip(handle, visit):
                 raise zipfile.BadZipFile(f"{info.filename} is encrypted")
             mode = info.external_attr >> 16  # zero where the archive is not from Unix
             is_file = not info.is_dir() and stat.S_IFMT(mode) in (0, stat.S_IFREG)
-            member = Member(
-                info.filename, info.is_dir(), is_file, lambda info=info: archive.open(info)
-            )
+            path = info.filename.replace("\\", "/")  # some programs on Windows
+            member = Member(path, info.is_dir(), is_file, lambda info=info: archive.open(info))
             visit(member)
 
 

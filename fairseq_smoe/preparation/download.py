@@ -41,11 +41,11 @@ def download_all(downloads, connections=4, retries=5):
         OptionError: a file cannot be had, is not what was published, or the disk is full. The
             other files are stopped, and their parts kept.
     """
-    missing = [download for download in downloads if not download.path.exists()]
+    missing = {each.path: each for each in downloads if not each.path.exists()}
     if not missing:
         return
     jobs = queue.SimpleQueue()
-    for download in missing:
+    for download in missing.values():
         jobs.put(download)
     with tqdm(total=0, unit="B", unit_scale=True, desc="download") as bar:
         batch = _Batch(bar, retries)
@@ -90,8 +90,12 @@ class _Batch:
             self._bar.update(count)
         self._go_on()
 
-    def sleep(self, seconds):
+    def sleep(self, seconds, reason):
+        with self._lock:
+            self._bar.set_postfix_str(f"{reason}; next try in {seconds:.0f} s")
         self.stopped.wait(seconds)
+        with self._lock:
+            self._bar.set_postfix_str("")
         self._go_on()
 
     def _go_on(self):

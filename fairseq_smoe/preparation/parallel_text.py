@@ -106,8 +106,12 @@ def _checked(source):
 
 def _search(source, names, target):
     """``{name: path}`` of the wanted names that lie in a folder."""
+
+    def unreadable(error):
+        raise OptionError(f"--from {source}: {error.filename}: {error.strerror}") from error
+
     files, seen = {}, {target.resolve()}  # what is collected lies there: it is no source
-    for folder, subfolders, entries in os.walk(source, followlinks=True):
+    for folder, subfolders, entries in os.walk(source, onerror=unreadable, followlinks=True):
         folder = Path(folder)
         if folder.resolve() in seen:  # links may lead in circles
             subfolders.clear()
@@ -117,10 +121,10 @@ def _search(source, names, target):
         for entry in sorted(entries):
             path = folder / entry
             name = _wanted_name(path, names)
-            if name and name in files and not path.samefile(files[name]):
+            if name is None or not path.is_file():
+                continue
+            if not path.samefile(files.setdefault(name, path.absolute())):
                 raise _ambiguous(source, files[name], path)
-            if name:
-                files.setdefault(name, path.absolute())
     return files
 
 

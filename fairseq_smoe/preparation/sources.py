@@ -114,7 +114,7 @@ def _from_google_drive(file_id, path):
         ) from error
     remedy = (
         "Google Drive limits how often a file is fetched a day: try again tomorrow, or fetch "
-        f"https://drive.google.com/file/d/{file_id} in a browser and give it with --from FILE"
+        f"https://drive.google.com/file/d/{file_id} in a browser and save it as {path}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     untested = path.with_name(f"untested-{path.name}")

@@ -49,7 +49,7 @@ def receive(download, handle, batch):
                     f"same command again later, which goes on from there, or {download.remedy}"
                 ) from None
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.5, 1)
-            batch.sleep(max(wait, min(error.requested_wait, LONGEST_REQUESTED_WAIT)))
+            batch.sleep(max(wait, min(error.requested_wait, LONGEST_REQUESTED_WAIT)), error)
 
 
 def _receive_some(download, handle, batch):
