@@ -2,38 +2,15 @@
 
 import json
 import os
-from bisect import bisect_right
 
-import torch
 from fairseq import utils
-from fairseq.data import ConcatDataset
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from fairseq_smoe.capacity_meter import CapacityMeter
+from fairseq_smoe.data_manager import DirectionDataManager
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.task_files import LANGS_FILE
-
-
-
-class DirectionDataset(ConcatDataset):
-    """The datasets of several directions as one, whose batches know each sentence's direction.
-
-    A batch gains ``direction``: (B,) int64, the index of the dataset a sentence is from. ``id``
-    counts over all datasets.
-    """
-
-    def __getitem__(self, index):
-        sample = super().__getitem__(index)
-        sample["id"] = index
-        return sample
-
-    def collater(self, samples, **extra_args):
-        batch = super().collater(samples, **extra_args)
-        if batch:
-            directions = [bisect_right(self.cumulative_sizes, i) for i in batch["id"].tolist()]
-            batch["direction"] = torch.tensor(directions)
-        return batch
 
 
 @register_task("smoe_translation")
@@ -71,17 +48,14 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     @classmethod
     def setup_task(cls, args, **kwargs):
         complete_languages(args)
-        return super().setup_task(args, **kwargs)
+        return cls(args, *DirectionDataManager.prepare(cls.load_dictionary, args, **kwargs))
 
     def __init__(self, args, langs, dicts, training):
         super().__init__(args, langs, dicts, training)
+        self.data_manager = DirectionDataManager(
+            args, self.lang_pairs, langs, dicts, self.sampling_method
+        )
         self.capacity_meter = None
-
-    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
-        super().load_dataset(split, epoch, combine, **kwargs)
-        dataset = self.datasets[split]
-        if self.training and isinstance(dataset, ConcatDataset):
-            self.datasets[split] = DirectionDataset(dataset.datasets)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
         self.capacity_meter = CapacityMeter(models)

@@ -93,6 +93,32 @@ def preprocess(text, data):
     (data / "langs.txt").write_text("\n".join(LANGS) + "\n")
 
 
+def write_dictionaries(folder, langs, num_words):
+    """One dictionary for all languages, ``word0 word1 ...``, and ``langs.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = "".join(f"word{i} 1\n" for i in range(num_words))
+    for lang in langs:
+        (folder / f"dict.{lang}.txt").write_text(words)
+    (folder / "langs.txt").write_text("\n".join(langs) + "\n")
+
+
+def write_binarised(folder, split, pair, num_sentences, word=0):
+    """What fairseq-preprocess makes of that many sentences ``word``, ``word word``, or ``word word
+    word``, in both languages of a pair."""
+    import torch
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    eos, first_word = 2, 4
+    sentences = [torch.tensor([first_word + word] * length + [eos]) for length in (1, 2, 3)]
+    for lang in pair.split("-"):
+        path = folder / f"{split}.{pair}.{lang}"
+        builder = MMapIndexedDatasetBuilder(f"{path}.bin")
+        for i in range(num_sentences):
+            builder.add_item(sentences[i % 3])
+        builder.finalize(f"{path}.idx")
+
+
 # --------------------------------------------------------------------------------------
 # the commands
 

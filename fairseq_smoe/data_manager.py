@@ -1,0 +1,230 @@
+"""The data of many directions: which files there are, each opened once, and their sizes.
+
+A pair's files are ``SPLIT.A-B.A.{bin,idx}`` and ``SPLIT.A-B.B.{bin,idx}`` and serve both
+directions. They lie in the data folder; those for training may lie in its subfolders ``shard000``,
+``shard001``, ... instead, of which a pair may have fewer than another. Epoch e reads of each
+direction shard (e - 1) modulo the number of its shards.
+"""
+
+import itertools
+import logging
+import os
+import re
+import struct
+from bisect import bisect_right
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+from fairseq import utils
+from fairseq.data import ConcatDataset, indexed_dataset
+from fairseq.data.multilingual.multilingual_data_manager import MultilingualDatasetManager
+
+from fairseq_smoe.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+
+class DirectionDataset(ConcatDataset):
+    """The datasets of several directions as one, whose batches know each sentence's direction.
+
+    A batch gains ``direction``: (B,) int64, the entry of ``directions`` for the dataset a sentence
+    is from. ``id`` counts over all datasets.
+    """
+
+    def __init__(self, datasets, directions):
+        super().__init__(datasets)
+        self.directions = torch.tensor(directions)
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        sample["id"] = index
+        return sample
+
+    def collater(self, samples, **extra_args):
+        batch = super().collater(samples, **extra_args)
+        if batch:
+            datasets = [bisect_right(self.cumulative_sizes, i) for i in batch["id"].tolist()]
+            batch["direction"] = self.directions[datasets]
+        return batch
+
+
+class DirectionDataManager(MultilingualDatasetManager):
+    """fairseq's data manager, for folders of a hundred pairs.
+
+    It opens a file once for both directions of a pair, reads equal dictionaries once, finds the
+    shards in the data folder, samples by the size of all shards from the first epoch on, and
+    leaves directions without validation or test files out of those splits.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._open_files = WeakValueDictionary()  # closed with the last dataset that uses them
+
+    @classmethod
+    def load_all_dictionaries(cls, args, language_list, load_dictionary, training):
+        """``{language: Dictionary}``; languages whose files are equal share one object.
+
+        Raises:
+            OptionError: a dictionary is missing.
+        """
+        loaded = {}
+
+        def load_once(path):
+            if not os.path.isfile(path):
+                raise OptionError(
+                    f"{path}: no such dictionary; give a data folder with one for every language "
+                    "of --lang-pairs"
+                )
+            content = Path(path).read_bytes()
+            if content not in loaded:
+                loaded[content] = load_dictionary(path)
+            return loaded[content]
+
+        return super().load_all_dictionaries(args, language_list, load_once, training)
+
+    def load_data(self, path, vdict, impl):
+        """The dataset of one file, without language tokens: shared by all who use it."""
+        dataset = self._open_files.get(path)
+        if dataset is None:
+            dataset = super().load_data(path, vdict, impl)
+            if not dataset.supports_prefetch:  # that one keeps what its only user will ask for
+                self._open_files[path] = dataset
+        return dataset
+
+    def get_data_paths_and_lang_pairs(self, split):
+        """The folders of a split and its directions: for training those of --lang-pairs, else
+        those of them that have files.
+
+        Raises:
+            OptionError: a training direction, or every direction of another split, has no files.
+        """
+        data_paths, lang_pairs = super().get_data_paths_and_lang_pairs(split)
+        for_training = split == getattr(self.args, "train_subset", None)
+        folders = find_shards(self.args.data)
+        if not for_training:
+            folders = utils.split_paths(self.args.data)[:1]  # as fairseq does
+        present = set().union(*(find_pairs(folder, split) for folder in folders))
+        found = [d for d in self.lang_pairs if pair_of(d, present)]
+        missing = [d for d in self.lang_pairs if d not in found]
+        if not found or (missing and for_training):
+            raise OptionError(self._explain_missing(missing[0], split, for_training, present))
+        return {**data_paths, "main": os.pathsep.join(folders)}, {**lang_pairs, "main": found}
+
+    def _explain_missing(self, direction, split, for_training, present):
+        option, remedy = f"--lang-pairs {direction}", "leave this direction out"
+        if self.args.source_lang:
+            option = f"--source-lang {self.args.source_lang} --target-lang {self.args.target_lang}"
+            remedy = "choose one of them or another --gen-subset"
+        elif not for_training:
+            option = f"--valid-subset {split}"
+            remedy = "name another set or give --disable-validation"
+        some = ", ".join(sorted(present)[:5] + ["..."] * (len(present) > 5))
+        return (
+            f"{option}: no complete {split} files of {direction} in {self.args.data}, which has "
+            f"those of {some or 'no pair'}; {remedy}"
+        )
+
+    def get_split_data_param_list(self, split, epoch, shard_epoch=None):
+        """What each direction's dataset is made of; of its shards, the epoch's."""
+        params = super().get_split_data_param_list(split, epoch, shard_epoch)
+        shards = self._shards_by_key(split)
+        for param in params:
+            # fairseq knows their number and would take the first so many of all folders
+            if folders := shards.get(param["key"]):
+                number = self.get_shard_id(len(folders), epoch, shard_epoch)
+                param["data_path"] = folders[number]
+        left_out = [d for d in self.lang_pairs if f"main:{d}" not in shards]
+        if left_out:
+            logger.info(f"[{split}] no files of, and so without: {', '.join(left_out)}")
+        return params
+
+    def get_train_dataset_sizes(self, data_param_list, datasets, epoch, shard_epoch=None):
+        """Sentences of each direction in all its shards, by the files' headers; fairseq takes
+        shards not loaded yet to be as large as the largest so far."""
+        split = data_param_list[0]["split"]
+        for key, folders in self._shards_by_key(split).items():
+            if len(folders) > 1:
+                direction = key.partition(":")[2]
+                sizes = [self._count_sentences(folder, split, direction) for folder in folders]
+                self._training_data_sizes[key].update(enumerate(sizes))
+        return super().get_train_dataset_sizes(data_param_list, datasets, epoch, shard_epoch)
+
+    def _shards_by_key(self, split):
+        """``{"main:en-de": [folders with files of this direction]}``, without --extra-data."""
+        data_paths, lang_pairs = self.get_data_paths_and_lang_pairs(split)
+        folders = utils.split_paths(data_paths["main"])
+        pairs = {folder: find_pairs(folder, split) for folder in folders}
+        return {
+            self.get_dataset_key("main", *direction.split("-")): [
+                folder for folder in folders if pair_of(direction, pairs[folder])
+            ]
+            for direction in lang_pairs["main"]
+        }
+
+    def _count_sentences(self, folder, split, direction):
+        """As many as the dataset of this folder will have, which fairseq makes of the split's
+        files train, train1, train2, ..."""
+        source, target = direction.split("-")
+        counts = []
+        for k in itertools.count():
+            part = os.path.join(folder, f"{split}{k or ''}")
+            prefixes = [f"{part}.{pair}.{source}" for pair in (direction, f"{target}-{source}")]
+            found = [p for p in prefixes if indexed_dataset.dataset_exists(p, "mmap")]
+            if not found:
+                break
+            counts.append(count_sentences(found[0], self.args.dataset_impl))
+        if len(counts) > 1:
+            counts[0] *= self.args.upsample_primary
+        return sum(counts)
+
+    def load_into_concat_dataset(self, split, datasets, data_param_list):
+        """All directions of a validation or test set, in a row."""
+        dataset = super().load_into_concat_dataset(split, datasets, data_param_list)
+        if not isinstance(dataset, ConcatDataset):
+            return dataset
+        directions = [f"{param['src']}-{param['tgt']}" for param in data_param_list]
+        return DirectionDataset(dataset.datasets, [self.lang_pairs.index(d) for d in directions])
+
+
+def find_shards(data):
+    """Folders of the training files: those of ``data`` if they are several, joined by colons, else
+    its subfolders ``shard000``, ``shard001``, ..., else itself."""
+    folders = utils.split_paths(data)
+    if len(folders) > 1:
+        return folders
+    names = [name for name in os.listdir(data) if re.fullmatch(r"shard\d+", name)]
+    names.sort(key=lambda name: int(name[len("shard") :]))
+    return [os.path.join(data, name) for name in names] or folders
+
+
+def find_pairs(folder, split):
+    """Names ``A-B`` of the pairs that have all their files of a split in a folder."""
+    names = set(os.listdir(folder))
+    indices = (re.fullmatch(rf"{re.escape(split)}\.([^.]+-[^.]+)\.[^.]+\.idx", n) for n in names)
+    return {
+        pair
+        for pair in {match[1] for match in indices if match}
+        if all(
+            f"{split}.{pair}.{lang}.{kind}" in names
+            for lang in pair.split("-")
+            for kind in ("idx", "bin")
+        )
+    }
+
+
+def pair_of(direction, pairs):
+    """Which of ``pairs`` holds a direction: itself or its reverse, or None."""
+    reverse = "-".join(reversed(direction.split("-")))
+    return next((pair for pair in (direction, reverse) if pair in pairs), None)
+
+
+def count_sentences(prefix, dataset_impl=None):
+    """Sentences in ``prefix.idx``, from its first 26 bytes if it has the usual format."""
+    with open(indexed_dataset.index_file_path(prefix), "rb") as handle:
+        magic = indexed_dataset.MMapIndexedDataset.Index._HDR_MAGIC
+        header = handle.read(len(magic) + struct.calcsize("<QBQ"))
+    if header.startswith(magic):
+        _version, _dtype, count = struct.unpack("<QBQ", header[len(magic) :])
+        return count
+    return len(indexed_dataset.make_dataset(prefix, dataset_impl or "lazy"))
