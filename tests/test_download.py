@@ -321,6 +321,7 @@ def test_ctrl_c_ends_even_a_stalled_download(server, tmp_path):
     server.delay = 0.02
     child = start_child(job(server, tmp_path))
     server.delay = 60
+    time.sleep(0.3)
     begin = time.time()
     child.send_signal(signal.SIGINT)
     _, stderr = child.communicate(timeout=30)
@@ -350,6 +351,27 @@ def test_another_process_finished_meanwhile(server, tmp_path, monkeypatch):
     download_all([download])
     assert server.requests == []
     check_complete(download)
+
+
+def test_another_process_began_anew_meanwhile(server, tmp_path, monkeypatch):
+    download = job(server, tmp_path)
+    leave_part(download, b"old")
+    (tmp_path / "new").write_bytes(b"new")
+    monkeypatch.setattr(fcntl, "flock", lambda part, how: os.replace(tmp_path / "new", part.name))
+    with pytest.raises(OptionError, match="another process"):
+        download_all([download])
+
+
+def test_file_that_takes_a_little_at_a_time():
+    taken = bytearray()
+
+    class Reluctant:
+        def write(self, view):
+            taken.extend(view[:2])
+            return len(view[:2])
+
+    transfer._write(b"seven b", Reluctant())
+    assert taken == b"seven b"
 
 
 def test_file_system_without_locks(server, tmp_path, monkeypatch):
