@@ -309,15 +309,15 @@ def test_recipe(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "_mtdata", None)
         assert fetch(*names) == text  # finished: nothing is run
-    assert fetch(*names[:2])[0] == b"hello\none\nsecond\n"  # changed: from mtdata's cache
+    assert fetch(names[1])[0] == b"second\n"  # changed: from mtdata's cache
     assert server.requests == before
     for name, message in {
-        "Here-gone-v1-eng-nso": f"{server.url}gone.zip: .* 404 .*change line 3 of {path}",
-        "Here-nowhere-v1-eng-nso": f"{path}, line 3: mtdata has no data set Here-nowhere",
-        "Here-none-v1-eng-nso": f"{path}, line 3: Here-none-v1-eng-nso has no text",
+        "Here-gone-v1-eng-nso": f"{server.url}gone.zip: .* 404 .*change line 2 of {path}",
+        "Here-nowhere-v1-eng-nso": f"{path}, line 2: mtdata has no data set Here-nowhere",
+        "Here-none-v1-eng-nso": f"{path}, line 2: Here-none-v1-eng-nso has no text",
     }.items():
         with pytest.raises(OptionError, match=message) as error:
-            fetch(names[0], name)
+            fetch(name)
         assert "\n" not in str(error.value)
 
 

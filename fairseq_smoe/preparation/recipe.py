@@ -91,25 +91,27 @@ def fetch_recipe(folder, recipe, pairs, connections=4):
     Raises:
         OptionError: names the line of the recipe that is wrong, or whose data cannot be had.
     """
-    path, recipe = recipe, read_recipe(recipe)
+    listed = read_recipe(recipe)
     for pair in pairs:
-        if pair not in recipe:
-            raise OptionError(f"--recipe {path}: nothing for {pair}; add lines '{pair} DATASET_ID'")
+        if pair not in listed:
+            raise OptionError(
+                f"--recipe {recipe}: nothing for {pair}; add lines '{pair} DATASET_ID'"
+            )
     target = folder / "recipe"
-    unfinished = [pair for pair in pairs if not _is_finished(target, pair, recipe[pair])]
+    unfinished = [pair for pair in pairs if not _is_finished(target, pair, listed[pair])]
     if not unfinished:
         return target
     if importlib.util.find_spec("mtdata") is None:
         raise OptionError(
-            f"--recipe {path}: needs the package mtdata; pip install 'fairseq-smoe[data]'"
+            f"--recipe {recipe}: needs the package mtdata; pip install 'fairseq-smoe[data]'"
         )
     cache = Path(os.environ.get("MTDATA", folder / "mtdata")).expanduser().resolve()
     cache.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
-    lines = {name: number for pair in unfinished for name, number in recipe[pair].items()}
-    _download(lines, path, cache, connections)
+    lines = {name: number for pair in unfinished for name, number in listed[pair].items()}
+    _download(lines, recipe, cache, connections)
     for pair in unfinished:
-        _write_pair(target, pair, recipe[pair], path, cache)
+        _write_pair(target, pair, listed[pair], recipe, cache)
     return target
 
 
@@ -120,7 +122,10 @@ def _languages(name):
 
 def _is_finished(target, pair, names):
     record = target / f"train.{pair}.datasets"
-    return record.exists() and record.read_text(encoding="utf-8").split() == list(names)
+    texts = [target / f"train.{pair}.{lang}" for lang in pair.split("-")]
+    if not all(path.exists() for path in (record, *texts)):
+        return False
+    return record.read_text(encoding="utf-8").split() == list(names)
 
 
 def _download(lines, recipe, cache, connections):
