@@ -39,8 +39,8 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "data": [
-        "gdown",  # files on Google Drive
-        "mtdata",  # --recipe
+        "gdown>=6.5",  # files on Google Drive; older ones know neither retries nor timeouts
+        "mtdata>=0.5.1,<0.6",  # --recipe; its index and cache are used, which may change
         "matplotlib",  # pictures of the report
     ],
     "demo": [

@@ -181,7 +181,8 @@ def test_a_bad_archive_of_ones_own_is_named(how, opus, undisturbed, tmp_path):
     assert not list((tmp_path / "data").rglob("train*"))
 
 
-def test_m4_from_the_authors_archive_and_flores(tmp_path):
+@pytest.mark.parametrize("at_hand", [False, True], ids=["all-fetched", "flores-fetched"])
+def test_m4_from_the_authors_archive_and_flores(at_hand, tmp_path):
     folder = tmp_path / "served"
     folder.mkdir()
     langs = [lang.code for lang in benchmark.load("m4").languages]
@@ -198,9 +199,12 @@ def test_m4_from_the_authors_archive_and_flores(tmp_path):
     (folder / "flores.tar.gz").write_bytes(tar_gz(flores))
     target = tmp_path / "data"
     with FaultyServer(folder) as server:
+        training = ["--base-url", server.url + "m15.zip"]
+        if at_hand:
+            training = ["--from", folder / "m15.zip"]
         run(
-            *("--benchmark", "m4", "--base-url", server.url + "m15.zip", "--to", target),
-            *("--flores-url", server.url + "flores.tar.gz", "--vocab-size", 60, "--workers", 1),
+            *("--benchmark", "m4", "--to", target, "--flores-url", server.url + "flores.tar.gz"),
+            *(*training, "--vocab-size", 60, "--workers", 1),
         )
     msa = {name: (target / "work/clean" / name).read_text() for name in ("valid.eng-msa.msa",)}
     assert msa == {"valid.eng-msa.msa": sentences("msa", 30)}

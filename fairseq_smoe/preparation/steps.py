@@ -33,11 +33,14 @@ def fetch(plan):
     """Download what is not given with --from, and bring all text to ``work/raw``."""
     plan.raw.mkdir(exist_ok=True)
     codes = benchmarks.load(plan.benchmark).flores_codes() if plan.benchmark else {}
-    places = plan.sources or sources.fetch(plan)
+    places = list(plan.sources) or sources.fetch(plan)
     wanted = {
         (split, pair): prefix for split, prefix in plan.splits.items() for pair in plan.pairs
     }
     found = collect(places, plan.raw, wanted, codes)
+    if codes and not any(split == "valid" for split, _ in found):
+        places.append(sources.fetch_flores200(plan.downloads, plan.flores_address))
+        found = collect(places, plan.raw, wanted, codes)
     where = f"--from {' '.join(map(str, places))}"
     missing = [pair for pair in plan.pairs if ("train", pair) not in found]
     if missing and (len(missing) == len(plan.pairs) or not plan.skip_missing):
