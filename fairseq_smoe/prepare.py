@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import options, steps
-from fairseq_smoe.preparation.files import only_process_in, remove_unfinished
+from fairseq_smoe.preparation.files import disk_space_for, only_process_in, remove_unfinished
 from fairseq_smoe.preparation.plan import make_plan
 from fairseq_smoe.preparation.record import Record
 
@@ -19,18 +19,23 @@ add_arguments = options.add_arguments
 
 def run(args):
     plan = make_plan(args)
-    plan.work.mkdir(parents=True, exist_ok=True)
-    with only_process_in(plan.target):
-        for pattern in ("*", "shard*/*", "work/**/*"):
-            remove_unfinished(plan.target, pattern)
-        record = Record(plan.target)
-        if args.redo:
-            steps.forget_output(plan, args.redo)
-            record.forget(args.redo)
-        settings = {**asdict(plan), **asdict(plan.rules)}
-        for step in options.STEPS:
-            if step in args.steps:
-                _run_step(step, plan, record, settings)
+    with disk_space_for(plan.target):
+        plan.work.mkdir(parents=True, exist_ok=True)
+        with only_process_in(plan.target):
+            _run_steps(plan, args)
+
+
+def _run_steps(plan, args):
+    for pattern in ("*", "shard*/*", "work/**/*"):
+        remove_unfinished(plan.target, pattern)
+    record = Record(plan.target)
+    if args.redo:
+        steps.forget_output(plan, args.redo)
+        record.forget(args.redo)
+    settings = {**asdict(plan), **asdict(plan.rules)}
+    for step in options.STEPS:
+        if step in args.steps:
+            _run_step(step, plan, record, settings)
     print(f"{plan.target}: {'complete' if record.is_complete('report') else 'not complete yet'}")
 
 

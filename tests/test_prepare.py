@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -170,6 +171,7 @@ def test_a_pair_without_text_to_test_on(text, tmp_path):
         ({"vocab-size": "12"}, "--vocab-size 12: SentencePiece says: Vocabulary size is smaller"),
         ({"temperature": "0.5"}, "--temperature 0.5: expected at least 1"),
         ({"character-coverage": "99"}, "--character-coverage 99.0: expected a share"),
+        ({"recipe": "list.txt"}, "--recipe list.txt: is for --benchmark m4 or m15 without --from"),
         ({"workers": "0"}, "--workers 0: expected at least 1"),
         ({"max-length": "3"}, "--pairs en-de: no training text is left .*300 too_long"),
     ],
@@ -210,6 +212,30 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
         with whole_file(tmp_path / "file") as handle:
             handle.write(b"x" * 10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_full_disk_it_stops_and_goes_on_when_there_is_space(text, tmp_path):
+    run(text, tmp_path / "undisturbed")
+    target = tmp_path / "data"
+    target.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(target)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        failures = 0
+        for kib in range(64, 2000, 64):  # space for a little more each time
+            remount = ["mount", "-o", f"remount,size={kib}k", str(target)]
+            subprocess.run(remount, check=True)
+            try:
+                run(text, target)
+                break
+            except OptionError as error:
+                failures += 1
+                assert re.fullmatch("[^\n]*: the disk is full; free some space.*", str(error))
+        assert failures >= 5
+        assert contents(target) == contents(tmp_path / "undisturbed")
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
 
 
 def start(text, target, **options):

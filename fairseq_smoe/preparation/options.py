@@ -1,9 +1,8 @@
 """Options of ``python -m fairseq_smoe prepare``, by the step that they are for."""
 
-import os
-
 from fairseq_smoe import benchmark
 from fairseq_smoe.preparation.clean import Rules
+from fairseq_smoe.preparation.pool import available_cores
 from fairseq_smoe.preparation.sources import FLORES200_URL, M15_SOURCE, OPUS100_URL
 
 # the options that determine the output of each step; it depends on those of all earlier steps, too
@@ -34,7 +33,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cores(),
         metavar="N",
         help="processes to clean, encode and binarise with (default: all cores, %(default)s)",
     )
@@ -121,7 +120,7 @@ def _add_download(group):
         help="M4, M15: take the training text from these published corpora, through mtdata",
     )
     group.add_argument(
-        "--connections", type=int, default=4, help="downloads at a time (default: %(default)s)"
+        "--connections", type=int, default=4, metavar="N", help="downloads at a time (default: %(default)s)"
     )
 
 
@@ -166,7 +165,12 @@ def _add_clean(group):
 
 
 def _add_vocabulary(group):
-    group.add_argument("--vocab-size", type=int, metavar="N", help="joint; default: 32000, or the benchmark's")
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="joint, of all languages; default: 32000, or the benchmark's",
+    )
     group.add_argument(
         "--character-coverage",
         type=float,

@@ -110,6 +110,8 @@ def make_plan(args):
             "--benchmark: give m4, m15 or opus100, or the text and languages of your own with "
             "--from DIR --pairs en-de,en-nl"
         )
+    if args.recipe and (args.sources or args.benchmark not in ("m4", "m15")):
+        raise OptionError(f"--recipe {args.recipe}: is for --benchmark m4 or m15 without --from")
     if args.pairs:
         pairs = parse_pairs(args.pairs)
     else:

@@ -13,6 +13,13 @@ from tqdm import tqdm
 from fairseq_smoe.errors import OptionError
 
 
+def available_cores():
+    """As many as this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def in_parallel(function, jobs, workers, title, unit):
     """``[function(*job) for job in jobs]``, in any order of work, results in the order of jobs.
 
