@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from fairseq import utils
-from fairseq.data import ConcatDataset, indexed_dataset
+from fairseq.data import ConcatDataset, data_utils, indexed_dataset
 from fairseq.data.multilingual.multilingual_data_manager import MultilingualDatasetManager
 
 from fairseq_smoe.errors import OptionError
@@ -121,8 +121,8 @@ class DirectionDataManager(MultilingualDatasetManager):
             remedy = "name another set or give --disable-validation"
         some = ", ".join(sorted(present)[:5] + ["..."] * (len(present) > 5))
         return (
-            f"{option}: no complete {split} files of {direction} in {self.args.data}, which has "
-            f"those of {some or 'no pair'}; {remedy}"
+            f"{option}: no {split} sentences of {direction} in {self.args.data}, which has some of "
+            f"{some or 'no pair'}; {remedy}"
         )
 
     def get_split_data_param_list(self, split, epoch, shard_epoch=None):
@@ -130,13 +130,13 @@ class DirectionDataManager(MultilingualDatasetManager):
         params = super().get_split_data_param_list(split, epoch, shard_epoch)
         shards = self._shards_by_key(split)
         for param in params:
-            # fairseq knows their number and would take the first so many of all folders
+            # fairseq counts a direction's folders, then takes as many from the front of all
             if folders := shards.get(param["key"]):
-                number = self.get_shard_id(len(folders), epoch, shard_epoch)
-                param["data_path"] = folders[number]
+                shard = self.get_shard_id(len(folders), epoch, shard_epoch)
+                param["data_path"] = folders[shard]
         left_out = [d for d in self.lang_pairs if f"main:{d}" not in shards]
         if left_out:
-            logger.info(f"[{split}] no files of, and so without: {', '.join(left_out)}")
+            logger.info(f"[{split}] no sentences of these directions, left out: {', '.join(left_out)}")
         return params
 
     def get_train_dataset_sizes(self, data_param_list, datasets, epoch, shard_epoch=None):
@@ -173,7 +173,7 @@ class DirectionDataManager(MultilingualDatasetManager):
             found = [p for p in prefixes if indexed_dataset.dataset_exists(p, "mmap")]
             if not found:
                 break
-            counts.append(count_sentences(found[0], self.args.dataset_impl))
+            counts.append(count_sentences(found[0]))
         if len(counts) > 1:
             counts[0] *= self.args.upsample_primary
         return sum(counts)
@@ -199,8 +199,9 @@ def find_shards(data):
 
 
 def find_pairs(folder, split):
-    """Names ``A-B`` of the pairs that have all their files of a split in a folder."""
-    names = set(os.listdir(folder))
+    """Names ``A-B`` of the pairs that have all their files of a split in a folder. Files without
+    sentences do not count; fairseq cannot open them."""
+    names = {entry.name for entry in os.scandir(folder) if entry.stat().st_size > 0}
     indices = (re.fullmatch(rf"{re.escape(split)}\.([^.]+-[^.]+)\.[^.]+\.idx", n) for n in names)
     return {
         pair
@@ -219,12 +220,12 @@ def pair_of(direction, pairs):
     return next((pair for pair in (direction, reverse) if pair in pairs), None)
 
 
-def count_sentences(prefix, dataset_impl=None):
+def count_sentences(prefix):
     """Sentences in ``prefix.idx``, from its first 26 bytes if it has the usual format."""
+    magic = indexed_dataset.MMapIndexedDataset.Index._HDR_MAGIC
     with open(indexed_dataset.index_file_path(prefix), "rb") as handle:
-        magic = indexed_dataset.MMapIndexedDataset.Index._HDR_MAGIC
         header = handle.read(len(magic) + struct.calcsize("<QBQ"))
-    if header.startswith(magic):
-        _version, _dtype, count = struct.unpack("<QBQ", header[len(magic) :])
-        return count
-    return len(indexed_dataset.make_dataset(prefix, dataset_impl or "lazy"))
+    if not header.startswith(magic):
+        return len(data_utils.load_indexed_dataset(prefix))
+    _version, _dtype, count = struct.unpack("<QBQ", header[len(magic) :])
+    return count

@@ -52,9 +52,7 @@ def _run_step(step, plan, record, settings):
         if step in options.FREE_AFTER_FAILURE:
             record.forget(step)
         raise
-    record.complete(
-        step, seconds=round(time.monotonic() - started, 1), peak_mib=_peak_memory_mib()
-    )
+    record.complete(step, seconds=round(time.monotonic() - started, 1), peak_mib=_peak_memory_mib())
 
 
 def _peak_memory_mib():

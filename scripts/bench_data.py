@@ -69,7 +69,9 @@ def measure(args, lines):
         result = {"lines": lines, "ours": [], "stock": []}
         for number in range(args.rounds):
             print(f"{lines} lines, round {number + 1} of {args.rounds}", file=sys.stderr)
-            result["ours"].append(run([*prepare, "--redo", "encode", "--steps", "encode", "binarise"]))
+            result["ours"].append(
+                run([*prepare, "--redo", "encode", "--steps", "encode", "binarise"])
+            )
             shutil.rmtree(folder / "stock", ignore_errors=True)
             result["stock"].append(run(stock_command(args, folder)))
         for path in sorted((folder / "stock" / "bin").glob("*.[bi][id][nx]")):

@@ -80,8 +80,9 @@ def opus(tmp_path, monkeypatch):
         sizes = {"train": 300, **({} if entry.lang == "yo" else {"dev": 20, "test": 20})}
         data = tar_gz(
             {
-                f"opus-100-corpus/v1.0/supervised/{entry.pair}/opus.{entry.pair}-{split}.{lang}":
-                sentences(lang, size)
+                f"opus-100-corpus/v1.0/supervised/{entry.pair}/opus.{entry.pair}-{split}.{lang}": sentences(
+                    lang, size
+                )
                 for split, size in sizes.items()
                 for lang in entry.pair.split("-")
             }

@@ -98,7 +98,9 @@ def test_shards_take_turns(folder):
     binarise(folder, [folder / "all"])
     binarise(folder, [folder / f"shard{i}" for i in range(3)])
     whole = indexed_dataset.make_dataset(str(folder / "all"), impl="mmap")
-    shards = [indexed_dataset.make_dataset(str(folder / f"shard{i}"), impl="mmap") for i in range(3)]
+    shards = [
+        indexed_dataset.make_dataset(str(folder / f"shard{i}"), impl="mmap") for i in range(3)
+    ]
     assert sum(map(len, shards)) == len(whole)
     for i in range(len(whole)):
         assert shards[i % 3][i // 3].equal(whole[i])

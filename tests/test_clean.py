@@ -115,9 +115,7 @@ def test_words_are_counted_on_both_sides(tmp_path):
     paths = [write(tmp_path, "a", ["one two"]), write(tmp_path, "b", ["eins zwei drei"])]
     known = [tmp_path / "none.npy"] * 2
     write_held_out([], known[0])
-    counts = clean.clean_training_text(
-        paths, [tmp_path / "c", tmp_path / "d"], Rules(), known
-    )
+    counts = clean.clean_training_text(paths, [tmp_path / "c", tmp_path / "d"], Rules(), known)
     assert counts["kept"] == {"lines": 1, "words": 5}
 
 

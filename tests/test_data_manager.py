@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import toy_task
 from fairseq.data import data_utils
+from fairseq.data.indexed_dataset import IndexedDatasetBuilder
 from toy_task import set_up, write_binarised, write_dictionaries
 
+from fairseq_smoe.data_manager import count_sentences
 from fairseq_smoe.errors import OptionError
 
 LANGS = ("en", "aa", "bb", "cc")
@@ -108,8 +111,16 @@ def test_directions_without_validation_files_are_left_out_and_named(folder, capl
         assert target[1] == 4 + DIRECTIONS.index(direction) // 2
 
 
-def test_a_half_pair_counts_as_missing(folder):
+def test_half_a_pair_counts_as_missing(folder):
     (folder / "valid.en-cc.cc.bin").unlink()
+    task = task_of(folder)
+    task.load_dataset("valid")
+    assert len(task.datasets["valid"]) == 2 * 6
+
+
+def test_files_without_sentences_count_as_missing(folder):
+    """fairseq-preprocess makes them of empty text; opening one fails."""
+    write_binarised(folder, "valid", "en-cc", 0)
     task = task_of(folder)
     task.load_dataset("valid")
     assert len(task.datasets["valid"]) == 2 * 6
@@ -218,6 +229,16 @@ def test_files_train1_and_so_on_count_as_the_shard_they_lie_in(tmp_path):
     task.load_dataset("train", epoch=1, combine=True)
     ratios = task.datasets["train"].sample_ratios
     np.testing.assert_allclose(ratios[2] / ratios[0], 75 / 105)
+
+
+def test_sentences_are_counted_in_every_format(tmp_path):
+    write_binarised(tmp_path, "train", "en-aa", 7)
+    assert count_sentences(str(tmp_path / "train.en-aa.en")) == 7
+    builder = IndexedDatasetBuilder(tmp_path / "old.bin")
+    for _ in range(3):
+        builder.add_item(torch.tensor([4, 2]))
+    builder.finalize(tmp_path / "old.idx")
+    assert count_sentences(str(tmp_path / "old")) == 3
 
 
 def test_a_training_stopped_in_a_shard_goes_on_in_it(tmp_path):

@@ -114,7 +114,9 @@ def test_a_second_call_does_nothing_and_another_one_is_refused(text, tmp_path, c
     after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
     changed = {path.name for path in after if after[path] != before[path]}
     assert changed <= {"steps.json", ".lock"}
-    with pytest.raises(OptionError, match="--vocab-size 40: .* begun with --vocab-size 50; .* --redo"):
+    with pytest.raises(
+        OptionError, match="--vocab-size 40: .* begun with --vocab-size 50; .* --redo"
+    ):
         run(text, target, **{"vocab-size": "40"})
 
 
@@ -126,7 +128,11 @@ def test_redo_replaces_a_step_and_those_after_it(text, tmp_path):
     assert contents(target) == contents(fresh)
     run(text, target, **{"vocab-size": "40", "redo": "binarise", "lines-per-shard": "100"})
     assert not (target / "train.en-de.en.bin").exists()
-    assert sorted(path.name for path in target.glob("shard*")) == ["shard000", "shard001", "shard002"]
+    assert sorted(path.name for path in target.glob("shard*")) == [
+        "shard000",
+        "shard001",
+        "shard002",
+    ]
     assert (target / "shard002/train.en-de.de.idx").exists()
     assert (target / "valid.en-de.de.idx").exists()
 
@@ -192,7 +198,9 @@ def test_files_of_different_length_are_refused(text, tmp_path):
 def test_text_that_is_not_utf8_is_named_or_dropped(text, tmp_path):
     path = text / "valid.en-de.de"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\xe9\n", 7))
-    with pytest.raises(OptionError, match="valid.en-de.de: line 1 is not UTF-8.*--invalid-utf8 drop"):
+    with pytest.raises(
+        OptionError, match="valid.en-de.de: line 1 is not UTF-8.*--invalid-utf8 drop"
+    ):
         run(text, tmp_path / "data")
     run(text, tmp_path / "data", **{"invalid-utf8": "drop"})
     assert len(read_sentences(tmp_path / "data", "valid", "en")) == 13

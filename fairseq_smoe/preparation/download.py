@@ -137,8 +137,7 @@ def _fetch(download, batch):
             empty(part, batch)
         version_file(download).unlink(missing_ok=True)
         raise OptionError(
-            f"{download.path}: {problem}, as fetched twice from {download.url}; "
-            + download.remedy
+            f"{download.path}: {problem}, as fetched twice from {download.url}; " + download.remedy
         )
 
 

@@ -120,7 +120,11 @@ def _add_download(group):
         help="M4, M15: take the training text from these published corpora, through mtdata",
     )
     group.add_argument(
-        "--connections", type=int, default=4, metavar="N", help="downloads at a time (default: %(default)s)"
+        "--connections",
+        type=int,
+        default=4,
+        metavar="N",
+        help="downloads at a time (default: %(default)s)",
     )
 
 

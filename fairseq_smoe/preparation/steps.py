@@ -34,9 +34,7 @@ def fetch(plan):
     plan.raw.mkdir(exist_ok=True)
     codes = benchmarks.load(plan.benchmark).flores_codes() if plan.benchmark else {}
     places = list(plan.sources) or sources.fetch(plan)
-    wanted = {
-        (split, pair): prefix for split, prefix in plan.splits.items() for pair in plan.pairs
-    }
+    wanted = {(split, pair): prefix for split, prefix in plan.splits.items() for pair in plan.pairs}
     found = collect(places, plan.raw, wanted, codes)
     if codes and not any(split == "valid" for split, _ in found):
         places.append(sources.fetch_flores200(plan.downloads, plan.flores_address))

@@ -63,9 +63,7 @@ def write_sample(files, counts, path, temperature, num_lines, seed):
             start = 0
             for file in files[lang]:
                 with open(file, "rb") as lines:
-                    sample.writelines(
-                        line for line, wanted in zip(lines, chosen[start:]) if wanted
-                    )
+                    sample.writelines(line for line, wanted in zip(lines, chosen[start:]) if wanted)
                 start += counts[file]
 
 
