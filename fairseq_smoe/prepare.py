@@ -1,7 +1,7 @@
 """Parallel text to a folder that ``fairseq-train --task smoe_translation`` reads.
 
-Steps: fetch, verify, clean, sentencepiece, encode, binarise, report. What is complete is skipped, so
-that an interrupted call goes on where it was.
+Steps: fetch, verify, clean, sentencepiece, encode, binarise, report. What is complete is skipped,
+so that an interrupted call goes on where it was.
 """
 
 import resource

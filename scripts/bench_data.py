@@ -2,8 +2,8 @@
 
     python scripts/bench_data.py TEXT --pair eng-cat --lines 250000 1000000
 
-TEXT holds train.eng-cat.eng and train.eng-cat.cat (or OPUS's names); its lines are repeated where it
-has fewer than --lines. For every size, in alternating rounds:
+TEXT holds train.eng-cat.eng and train.eng-cat.cat, whose lines are repeated where they are fewer
+than --lines. For every size, in alternating rounds:
 
 * ours: ``python -m fairseq_smoe prepare --steps encode binarise``;
 * stock: SentencePiece pieces as text (in batches, both sides at the same time: faster than the

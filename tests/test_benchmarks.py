@@ -78,11 +78,10 @@ def opus(tmp_path, monkeypatch):
         if entry.lang not in ("af", "fr", "yo"):
             continue
         sizes = {"train": 300, **({} if entry.lang == "yo" else {"dev": 20, "test": 20})}
+        path = f"opus-100-corpus/v1.0/supervised/{entry.pair}/opus.{entry.pair}"
         data = tar_gz(
             {
-                f"opus-100-corpus/v1.0/supervised/{entry.pair}/opus.{entry.pair}-{split}.{lang}": sentences(
-                    lang, size
-                )
+                f"{path}-{split}.{lang}": sentences(lang, size)
                 for split, size in sizes.items()
                 for lang in entry.pair.split("-")
             }

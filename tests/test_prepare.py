@@ -1,4 +1,4 @@
-"""``python -m fairseq_smoe prepare``: the first command of a new user, on text of a few hundred lines."""
+"""``python -m fairseq_smoe prepare``, a new user's first command, on a few hundred lines."""
 
 import argparse
 import json
@@ -186,6 +186,15 @@ def test_mistakes_are_named_and_cost_nothing(options, message, text, tmp_path):
     with pytest.raises(OptionError, match=message):
         run(text, tmp_path / "data", **options)
     run(text, tmp_path / "data", **({"redo": "fetch"} if "max-length" in options else {}))
+
+
+@pytest.mark.parametrize("empty", [["de"], ["en", "de"]])
+def test_empty_training_files_are_named(empty, text, tmp_path):
+    for lang in empty:
+        (text / f"train.en-de.{lang}").write_text("")
+    message = "no training text of en-de" if len(empty) == 2 else "has 300 lines, .* has 0"
+    with pytest.raises(OptionError, match=message):
+        run(text, tmp_path / "data")
 
 
 def test_files_of_different_length_are_refused(text, tmp_path):

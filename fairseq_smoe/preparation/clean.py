@@ -76,7 +76,7 @@ def normalise(text):
 
 
 def fingerprint(text):
-    """64 bits of a hash: among 10 million sentences, two agree by chance once in 300,000 corpora."""
+    """64 bits of a hash: two of 10 million sentences agree by chance in one of 300,000 corpora."""
     return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
@@ -183,7 +183,7 @@ def clean_pair(pair, raw, folder, splits, rules):
     if counts["train"]["kept"]["lines"] == 0:
         dropped = ", ".join(f"{c['lines']} {n}" for n, c in counts["train"].items() if c["lines"])
         raise OptionError(
-            f"--pairs {pair}: no training text is left after cleaning ({dropped or 'it is empty'}); "
-            "leave the pair out or relax the rules"
+            f"--pairs {pair}: no training text is left after cleaning ({dropped}); leave the "
+            "pair out or relax the rules"
         )
     write_whole(summary, json.dumps(counts, indent=1) + "\n")

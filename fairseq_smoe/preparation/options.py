@@ -73,9 +73,9 @@ def _add_text(group):
         dest="sources",
         nargs="+",
         metavar="PATH",
-        help="folders or archives (.tar, .tar.gz, .tar.xz, .zip) with text, one sentence a line, in "
-        "files named PREFIX.en-de.de or opus.en-de-PREFIX.de anywhere inside; the first that has "
-        "a file wins",
+        help="folders or archives (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip) with text, one sentence "
+        "a line, in files named PREFIX.en-de.de or opus.en-de-PREFIX.de anywhere inside; the first "
+        "that has a pair wins",
     )
     group.add_argument(
         "--pairs", metavar="A-B,...", help="language pairs; both directions of each can be trained"

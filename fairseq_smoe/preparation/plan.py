@@ -74,7 +74,8 @@ class Plan:
         return sorted({lang for pair in pairs or self.pairs for lang in pair.split("-")})
 
     def raw_splits(self):
-        """``{pair: its splits}``, of the text that was found; empty files do not count."""
+        """``{pair: its splits}`` of the text that was found; without empty files, and without pairs
+        that have nothing to train on."""
         return self._splits_in(self.raw)
 
     def clean_splits(self):
@@ -82,13 +83,16 @@ class Plan:
         return self._splits_in(self.clean)
 
     def _splits_in(self, folder):
-        found = {}
-        for pair in self.pairs:
-            for split in self.splits:
-                paths = [folder / f"{split}.{pair}.{lang}" for lang in pair.split("-")]
-                if all(path.exists() and path.stat().st_size for path in paths):
-                    found.setdefault(pair, []).append(split)
-        return found
+        def has_text(split, pair):
+            paths = [folder / f"{split}.{pair}.{lang}" for lang in pair.split("-")]
+            # one side alone is an error that a later check explains
+            return all(path.exists() for path in paths) and any(p.stat().st_size for p in paths)
+
+        return {
+            pair: [split for split in self.splits if has_text(split, pair)]
+            for pair in self.pairs
+            if has_text("train", pair)
+        }
 
     def shards(self, name, lines):
         """The binary files, without their endings, of the text file ``SPLIT.PAIR.LANG``."""

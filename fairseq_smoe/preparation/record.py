@@ -53,9 +53,9 @@ class Record:
         for name, before in self.steps.get(step, {}).get("options", {}).items():
             if options[name] != before:
                 raise OptionError(
-                    f"{flag(name)} {_words(options[name])}: {self.target} was begun with {flag(name)} "
-                    f"{_words(before)}; choose another --to, or give --redo {step} to replace what "
-                    "is there"
+                    f"{flag(name)} {_words(options[name])}: {self.target} was begun with "
+                    f"{flag(name)} {_words(before)}; choose another --to, or give --redo {step} to "
+                    "replace what is there"
                 )
 
     def _write(self):

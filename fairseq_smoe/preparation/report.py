@@ -88,9 +88,9 @@ def as_markdown(summary, pictures):
     train, vocabulary = summary["train"], summary["vocabulary"]
     parts = [
         f"# {summary['title']}",
-        f"{len(summary['pairs'])} language pairs with {train['kept']:,} pairs of training sentences "
-        f"and {train['tokens']:,} tokens, both sides and each sentence's end included. Joint "
-        f"SentencePiece vocabulary of {vocabulary['pieces']:,} pieces, character coverage "
+        f"{len(summary['pairs'])} language pairs with {train['kept']:,} pairs of training "
+        f"sentences and {train['tokens']:,} tokens, both sides and each sentence's end included. "
+        f"Joint SentencePiece vocabulary of {vocabulary['pieces']:,} pieces, character coverage "
         f"{vocabulary['character_coverage']}, trained on at most {vocabulary['sample_lines']:,} "
         f"lines drawn at temperature {summary['temperature']:g}, seed {vocabulary['seed']}.",
         "## Cleaning of the training text",

@@ -1,7 +1,7 @@
 """The steps from published corpora to binary files; each takes a :class:`Plan`.
 
-fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. A step that is interrupted
-goes on from the files that are complete.
+fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. A step that was
+interrupted goes on from the files that are complete.
 """
 
 import json
@@ -38,15 +38,21 @@ def fetch(plan):
     found = collect(places, plan.raw, wanted, codes)
     if codes and not any(split == "valid" for split, _ in found):
         places.append(sources.fetch_flores200(plan.downloads, plan.flores_address))
-        found = collect(places, plan.raw, wanted, codes)
-    where = f"--from {' '.join(map(str, places))}"
-    missing = [pair for pair in plan.pairs if ("train", pair) not in found]
-    if missing and (len(missing) == len(plan.pairs) or not plan.skip_missing):
+        collect(places, plan.raw, wanted, codes)
+    _check_complete(plan)
+
+
+def _check_complete(plan):
+    where = f"--from {' '.join(plan.sources)}" if plan.sources else "the published text"
+    found = plan.raw_splits()
+    missing = [pair for pair in plan.pairs if pair not in found]
+    if missing and (not found or not plan.skip_missing):
+        some = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
         raise OptionError(
-            f"{where}: no training text of {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}; "
-            f"{_expected_files(plan, 'train', missing[0])}, or give other --pairs or --skip-missing"
+            f"{where}: no training text of {some}; {_expected_files(plan, 'train', missing[0])}, "
+            "or give other --pairs or --skip-missing"
         )
-    if not any(split == "valid" for split, _ in found):
+    if not any("valid" in splits for splits in found.values()):
         raise OptionError(
             f"{where}: no text of split valid; {_expected_files(plan, 'valid', plan.pairs[0])}, or "
             "say with --splits valid=PREFIX how they are named"

@@ -108,8 +108,8 @@ def write_dictionary(model, langs, path):
         for i in range(model.get_piece_size())
         if not (model.is_control(i) or model.is_unknown(i))
     ]
-    # no piece is like a token of fairseq or a language: SentencePiece splits <s> and __de__, in which
-    # letters and signs mix
+    # no piece is like a token of fairseq or a language: SentencePiece splits <s> and __de__, in
+    # which letters and signs mix
     tokens = pieces + [language_token(lang) for lang in langs]
     write_whole(path, "".join(f"{token} 1\n" for token in tokens))
 
