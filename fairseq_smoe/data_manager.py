@@ -114,7 +114,7 @@ class DirectionDataManager(MultilingualDatasetManager):
     def _explain_missing(self, direction, split, for_training, present):
         option, remedy = f"--lang-pairs {direction}", "leave this direction out"
         if self.args.source_lang:
-            option = f"--source-lang {self.args.source_lang} --target-lang {self.args.target_lang}"
+            option = "--source-lang {0.source_lang} --target-lang {0.target_lang}".format(self.args)
             remedy = "choose one of them or another --gen-subset"
         elif not for_training:
             option = f"--valid-subset {split}"
@@ -136,7 +136,7 @@ class DirectionDataManager(MultilingualDatasetManager):
                 param["data_path"] = folders[shard]
         left_out = [d for d in self.lang_pairs if f"main:{d}" not in shards]
         if left_out:
-            logger.info(f"[{split}] no sentences of these directions, left out: {', '.join(left_out)}")
+            logger.info(f"[{split}] no sentences, left out: {', '.join(left_out)}")
         return params
 
     def get_train_dataset_sizes(self, data_param_list, datasets, epoch, shard_epoch=None):

@@ -32,7 +32,7 @@ def main():
     pairs = sorted(pairs_of(args.folder, "train") & pairs_of(args.folder, "valid"))
     if not pairs:
         parser.error(f"{args.folder}: no pair has train and valid files directly in this folder")
-    directions = [d for a, b in (pair.split("-") for pair in pairs) for d in (f"{a}-{b}", f"{b}-{a}")]
+    directions = [d for pair in pairs for d in (pair, "-".join(reversed(pair.split("-"))))]
     results = {task: [] for task in TASKS}
     for number in range(args.rounds):
         for task in TASKS:

@@ -193,23 +193,21 @@ def test_a_training_right_away_in_a_later_epoch_reads_the_same_shard(tmp_path):
     assert words_of(task_of(folder), 3)["en-aa"] == (5, 2)
 
 
-def test_shards_given_by_colons_work_and_need_not_begin_with_the_first(tmp_path):
-    top = write_shards(tmp_path / "data-bin")
-    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+def test_shards_given_by_colons_need_not_hold_a_pair_from_the_first_on(tmp_path):
+    """fairseq's own way: the dictionaries and validation files lie in the first folder."""
+    folders = [tmp_path / name for name in "abc"]
     write_dictionaries(folders[0], LANGS, num_words=8)
-    for i, folder in enumerate(folders):
-        (top / f"shard{i:03d}").rename(folder) if i else [
-            path.rename(folder / path.name) for path in (top / "shard000").iterdir()
-        ]
-    for path in folders[1].glob("train.en-aa.*"):
-        path.unlink()
     write_binarised(folders[0], "valid", "en-aa", 6)
-    task = task_of(":".join(map(str, folders)))
+    for i, folder in enumerate(folders):
+        write_binarised(folder, "train", "en-cc", 10, i)
+        if folder.name != "b":
+            write_binarised(folder, "train", "en-aa", 20, i)
+    task = task_of(":".join(map(str, folders)), directions=("en-aa", "en-cc"))
     task.load_dataset("valid")
-    assert len(task.datasets["valid"]) == 2 * 6
-    assert words_of(task, 1)["en-aa"] == (50, 0)
-    assert words_of(task, 2)["en-aa"] == (5, 2)
-    assert words_of(task, 2)["bb-en"] == (20, 1)
+    assert len(task.datasets["valid"]) == 6
+    assert words_of(task, 1) == {"en-aa": (20, 0), "en-cc": (10, 0)}
+    assert words_of(task, 2) == {"en-aa": (20, 2), "en-cc": (10, 1)}
+    assert words_of(task, 3) == {"en-aa": (20, 0), "en-cc": (10, 2)}
 
 
 def test_sampling_knows_the_sizes_of_shards_not_read_yet(tmp_path):
@@ -244,11 +242,12 @@ def test_sentences_are_counted_in_every_format(tmp_path):
 def test_a_training_stopped_in_a_shard_goes_on_in_it(tmp_path):
     """Updates of all epochs are those of an uninterrupted training."""
     folder = write_shards(tmp_path / "data-bin")
-    command = dict(
-        lang_pairs=",".join(DIRECTIONS), max_tokens=160, log_interval=1, max_epoch=3, dropout=0
-    )
+
     def run(save_dir, **more):
-        outcome = toy_task.train(folder, tmp_path / save_dir, **command, **more)
+        options = {"max_tokens": 160, "max_epoch": 3, "log_interval": 1, **more}
+        outcome = toy_task.train(
+            folder, tmp_path / save_dir, lang_pairs=",".join(DIRECTIONS), **options
+        )
         return {r["num_updates"]: (r["epoch"], r["loss"]) for r in outcome.log("train_inner")}
 
     whole = run("whole")
@@ -344,7 +343,7 @@ ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "opus-gettex
 
 @pytest.fixture(scope="module")
 def opus(make_once):
-    """``(folder, {pair: sentences})`` as large as the 98 pairs of an archive in OPUS-100's layout."""
+    """``(folder, {pair: sentences})``, as large as 98 real pairs."""
     if not ARCHIVE.exists():
         pytest.skip(f"no text of 98 pairs at {ARCHIVE}")
     sizes = {}
