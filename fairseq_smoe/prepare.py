@@ -36,7 +36,8 @@ def _run_steps(plan, args):
     for step in options.STEPS:
         if step in args.steps:
             _run_step(step, plan, record, settings)
-    print(f"{plan.target}: {'complete' if record.is_complete('report') else 'not complete yet'}")
+    if record.is_complete("report"):
+        print(f"{plan.target}: complete, see report.md; the folder work in it may be deleted")
 
 
 def _run_step(step, plan, record, settings):
