@@ -12,9 +12,11 @@ import os
 import re
 import struct
 from bisect import bisect_right
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from fairseq import utils
 from fairseq.data import ConcatDataset, data_utils, indexed_dataset
@@ -53,8 +55,9 @@ class DirectionDataManager(MultilingualDatasetManager):
     """fairseq's data manager, for folders of a hundred pairs.
 
     It opens a file once for both directions of a pair, reads equal dictionaries once, finds the
-    shards in the data folder, samples by the size of all shards from the first epoch on, and
-    leaves directions without validation or test files out of those splits.
+    shards in the data folder, samples by the size of all shards from the first epoch on, draws
+    the sentences of a direction equally often, and leaves directions without validation or test
+    files out of those splits.
     """
 
     def __init__(self, *args):
@@ -90,6 +93,14 @@ class DirectionDataManager(MultilingualDatasetManager):
             dataset = super().load_data(path, vdict, impl)
             if not dataset.supports_prefetch:  # that one keeps what its only user will ask for
                 self._open_files[path] = dataset
+        return dataset
+
+    def load_a_dataset(self, *args, **kwargs):
+        """The dataset of one direction, which draws its sentences evenly."""
+        dataset = super().load_a_dataset(*args, **kwargs)
+        # asked by fairseq, which itself draws all with replacement where it wants one sentence more
+        # than there are, and so leaves out a third of a direction that it means to read once
+        dataset.random_choice_in_dataset = partial(draw_evenly, len(dataset))
         return dataset
 
     def get_data_paths_and_lang_pairs(self, split):
@@ -185,6 +196,12 @@ class DirectionDataManager(MultilingualDatasetManager):
             return dataset
         directions = [f"{param['src']}-{param['tgt']}" for param in data_param_list]
         return DirectionDataset(dataset.datasets, [self.lang_pairs.index(d) for d in directions])
+
+
+def draw_evenly(size, rng, number):
+    """``number`` indices below ``size``, each as often as any other, give or take one."""
+    passes, rest = divmod(number, size)
+    return np.concatenate([np.tile(np.arange(size), passes), rng.choice(size, rest, replace=False)])
 
 
 def find_shards(data):
