@@ -8,10 +8,9 @@
 #
 # The same command again goes on where it was interrupted. data-prep/README.md says more.
 set -euo pipefail
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 case "${1:-}" in
-    "" | -*)
-        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-        exit 2
-        ;;
+    -h | --help) usage && exit ;;
+    "" | -*) usage >&2 && exit 2 ;;
 esac
 exec python -m fairseq_smoe prepare --benchmark m4 --to "$@"

@@ -64,6 +64,18 @@ def test_the_benchmarks_are_those_of_the_paper():
     assert len(sources.opus100_archives()) == 99
 
 
+@pytest.mark.parametrize("name", benchmark.NAMES)
+def test_the_scripts_explain_themselves_and_name_mistakes(name, tmp_path):
+    script = f"data-prep/{name}.sh"
+    for arguments, returncode in ((["--help"], 0), ([], 2), (["--from", "x"], 2)):
+        outcome = toy_task.run("bash", script, *arguments, check=False)
+        assert outcome.returncode == returncode
+        assert f"usage: bash {script} DIR" in outcome.stdout + outcome.stderr
+    outcome = toy_task.run("bash", script, tmp_path, "--from", "nowhere.zip", check=False)
+    assert outcome.returncode == 1
+    assert re.search(r"^error: --from .*nowhere.zip: no such file", outcome.stderr, re.MULTILINE)
+
+
 # --------------------------------------------------------------------------------------
 # published archives, from a server
 
