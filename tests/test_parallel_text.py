@@ -224,7 +224,7 @@ LONG = {
 
 
 def check_damaged(path, target):
-    with pytest.raises(OptionError, match="damaged archive.*delete it") as error:
+    with pytest.raises(OptionError, match="damaged archive.*get it again") as error:
         collect([path], target, WANTED)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert texts(target) == {} and list(target.rglob("*.eng*")) == []
@@ -265,6 +265,24 @@ def test_damaged_header_is_not_the_end(tmp_path):
     second = content.index(b"train.eng-nso.nso")
     content[second + 150] ^= 0xFF
     path.write_bytes(content)
+    check_damaged(path, tmp_path / "target")
+
+
+def test_zip_with_a_name_that_is_no_text(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ä", "text\n")
+    path.write_bytes(path.read_bytes().replace("ä".encode(), b"\xff\xff"))
+    check_damaged(path, tmp_path / "target")
+
+
+@pytest.mark.parametrize("header", [{"GNU.sparse.size": "x"}, {"GNU.sparse.map": "a,b"}])
+def test_tar_with_headers_that_make_no_sense(tmp_path, header):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("train.en-de.en")
+        info.pax_headers = {**header, "path": info.name}
+        archive.addfile(info)
     check_damaged(path, tmp_path / "target")
 
 
@@ -351,8 +369,8 @@ collect([{str(path)!r}], {str(target)!r}, {wanted!r})
     assert collect([path], target, wanted) == set(wanted)
     assert set(texts(target).values()) == {LONG["train.eng-nso.eng"]}
     assert complete == {file: file.stat().st_mtime_ns for file in complete}  # kept
-    assert list(target.rglob("*.part*")) == []
+    assert list(target.rglob("*.unfinished*")) == []
 
 
 def extracted(target):
-    return [file for file in Path(target).rglob("train.x*") if ".part" not in file.name]
+    return [file for file in Path(target).rglob("train.x*") if ".unfinished" not in file.name]

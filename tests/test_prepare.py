@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,87 @@ def test_redo_replaces_a_step_and_those_after_it(text, tmp_path):
     assert (target / "valid.en-de.de.idx").exists()
 
 
+def test_redo_removes_nothing_but_its_own_files(text, tmp_path):
+    target = tmp_path / "data"
+    run(text, target, **{"lines-per-shard": "100"})
+    own = ["reports/mine", "shard0-notes/mine", "shard000/mine", "model.bin", "report-of-mine.docx"]
+    own += ["dictionary-en-de.txt", "text.part1.zip"]
+    for name in own:
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+    run(text, target, redo="fetch")
+    assert all((target / name).read_text() == "mine" for name in own)
+    assert not (target / "shard001").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"redo": "binarise"}, "cleaned.json: is gone, and binarise needs it; give --redo fetch"),
+        ({"redo": "verify"}, "found.json: is gone"),
+        ({"redo": "report", "max-length": "500"}, "--max-length 500: .* with --max-length 1000"),
+    ],
+)
+def test_a_redo_that_cannot_be_done_removes_nothing(options, message, text, tmp_path):
+    target = tmp_path / "data"
+    run(text, target)
+    before = contents(target)
+    shutil.rmtree(target / "work")
+    with pytest.raises(OptionError, match=message):
+        run(text, target, **options)
+    run(text, target)
+    assert contents(target) == before
+    run(text, target, redo="fetch")
+    assert contents(target) == before
+
+
+def test_a_source_that_is_gone_is_named_before_anything_is_removed(text, tmp_path):
+    run(text, tmp_path / "data")
+    before = contents(tmp_path / "data")
+    text.rename(tmp_path / "moved")
+    with pytest.raises(OptionError, match="--from .*text: no such file or folder"):
+        run(text, tmp_path / "data", redo="fetch")
+    assert contents(tmp_path / "data") == before
+
+
+def test_text_that_changes_or_vanishes_on_the_way_is_named(text, tmp_path):
+    target, path = tmp_path / "data", text / "train.en-de.de"
+    lines = path.read_text().splitlines(keepends=True)
+    run(text, target, steps="fetch verify")
+    path.write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(OptionError, match="train.en-de.de: has changed since it was verified"):
+        run(text, target)
+    path.unlink()
+    with pytest.raises(OptionError, match="train.en-de.de: was there, and is gone"):
+        run(text, target)
+    path.write_text("".join(lines))
+    run(text, target, redo="fetch")
+    run(text, tmp_path / "undisturbed")
+    assert contents(target) == contents(tmp_path / "undisturbed")
+
+
+def test_a_folder_that_cannot_be_written_is_named(text, tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(OptionError, match=f"--to {target}: .*; choose another"):
+            run(text, target)
+
+
+def test_what_is_left_out_is_said(text, tmp_path, capsys):
+    path = text / "test.en-de.de"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\xe9\n", 7))
+    run(
+        text,
+        tmp_path / "data",
+        pairs="en-de,en-nl",
+        **{"invalid-utf8": "drop", "skip-missing": ""},
+    )
+    assert "so without: en-nl\n" in capsys.readouterr().out
+    page = (tmp_path / "data" / "report.md").read_text()
+    assert "no training text was found: en-nl." in page
+    assert "not UTF-8: 7 lines." in page
+
+
 def test_steps_run_one_by_one(text, tmp_path):
     with pytest.raises(OptionError, match="--steps clean: fetch is not complete"):
         run(text, tmp_path / "data", steps="clean")
@@ -167,6 +249,10 @@ def test_a_pair_without_text_to_test_on(text, tmp_path):
     "options, message",
     [
         ({"pairs": "ende"}, "--pairs ende: expected two languages"),
+        ({"pairs": "en-en"}, "--pairs en-en: expected two languages"),
+        ({"splits": "train=train valid=a valid=b"}, "--splits valid=b: valid is given twice"),
+        ({"sample-lines": "3"}, "--sample-lines 3: expected at least 1000"),
+        ({"redo": "clean", "steps": "report"}, "--redo clean: is not among --steps report"),
         ({"pairs": "en-de,de-en"}, "--pairs en-de: given twice"),
         ({"pairs": "en-nl"}, "--from .*text: no training text of en-nl; expected train.en-nl"),
         ({"splits": "train=train"}, "--splits: valid is missing"),
@@ -223,7 +309,7 @@ def test_one_process_at_a_time(text, tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
-    part = tmp_path / f"file.part{os.getpid()}"
+    part = tmp_path / f"file.unfinished-{os.getpid()}"
     part.symlink_to("/dev/full")  # every write to it fails for lack of space
     with pytest.raises(OptionError, match="file: the disk is full; free some space and run"):
         with whole_file(tmp_path / "file") as handle:
@@ -299,4 +385,4 @@ def test_killed_at_any_time_it_finishes_with_the_same_files(tmp_path):
     assert interrupted >= 3
     run(text, target, **options)
     assert contents(target) == contents(tmp_path / "undisturbed")
-    assert not list(target.rglob("*.part*"))
+    assert not list(target.rglob("*.unfinished-*"))

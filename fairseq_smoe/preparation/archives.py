@@ -1,10 +1,12 @@
 """Archives read front to back, once; damaged and malicious ones end in one line."""
 
 import bz2
+import errno
 import gzip
 import lzma
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +24,8 @@ CHUNK = 1 << 20  # bytes
 _COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # the second one is empty
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+# what the readers raise at names and numbers that make no sense
+_SENSELESS = (ValueError, OverflowError, struct.error, RuntimeError)
 
 
 class DamagedArchive(OptionError):
@@ -86,12 +90,14 @@ def refuse(path, reason):
 def _one_line_if_damaged(path):
     try:
         yield
-    except (*_DAMAGED, OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; gzip and bz2 give no number
+    except OptionError:
+        raise  # a ValueError, too
+    except (*_DAMAGED, *_SENSELESS, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # of the disk; gzip and bz2 give no number, and zip may seek to a wrong place
         raise DamagedArchive(
-            f"{path}: damaged archive ({error or 'it ends too early'}); delete it and run the "
-            "same command again, or get it from another place"
+            f"{path}: damaged archive ({error or 'it ends too early'}); get it again, or from "
+            "another place"
         ) from error
 
 

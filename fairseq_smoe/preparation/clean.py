@@ -17,6 +17,7 @@ import numpy as np
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.files import whole_file, write_whole
+from fairseq_smoe.preparation.verify import state_of
 
 RULES = (
     "invalid_utf8",
@@ -65,14 +66,15 @@ class Rules:
 def tidy(line):
     """A line of a file as text without its end, or None where it is not UTF-8."""
     try:
-        return _SEPARATORS.sub(" ", line.decode("utf-8")).strip().lstrip("\ufeff")
+        return _SEPARATORS.sub(" ", line.decode("utf-8").removeprefix("\ufeff")).strip()
     except UnicodeDecodeError:
         return None
 
 
 def normalise(text):
     """What two spellings of one sentence share: width, case and spaces do not count."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())  # folding may decompose
 
 
 def fingerprint(text):
@@ -83,7 +85,8 @@ def fingerprint(text):
 def read_pairs(paths):
     """Blocks of pairs of tidy lines of two parallel files."""
     with open(paths[0], "rb") as first, open(paths[1], "rb") as second:
-        while block := list(islice(zip(first, second), BLOCK_LINES)):
+        lines = zip(first, second, strict=True)
+        while block := list(islice(lines, BLOCK_LINES)):
             yield [(tidy(a), tidy(b)) for a, b in block]
 
 
@@ -162,18 +165,29 @@ def tidy_held_out_text(paths, targets):
     }
 
 
-def clean_pair(pair, raw, folder, splits, rules):
-    """Clean all splits of a language pair; leaves its counts in ``PAIR.json``.
+def clean_pair(pair, raw, folder, splits, verified, rules):
+    """Clean all splits of a language pair.
+
+    Args:
+        verified: the state of every file when it was verified.
+
+    Returns:
+        ``{split: counts}``, which ``PAIR.json`` keeps, too.
 
     Raises:
-        OptionError: no training text is left.
+        OptionError: a file has changed, or no training text is left.
     """
     summary = folder / f"{pair}.json"
     if summary.exists():
-        return
+        return json.loads(summary.read_text(encoding="utf-8"))
     langs, counts = pair.split("-"), {}
     for split in splits:
         paths = [raw / f"{split}.{pair}.{lang}" for lang in langs]
+        for path in paths:
+            if state_of(path) != verified[path.name]:
+                raise OptionError(
+                    f"{path.resolve()}: has changed since it was verified; give --redo fetch"
+                )
         targets = [folder / path.name for path in paths]
         if split == "train":
             held_out = [folder / f"held-out.{lang}.npy" for lang in langs]
@@ -184,6 +198,7 @@ def clean_pair(pair, raw, folder, splits, rules):
         dropped = ", ".join(f"{c['lines']} {n}" for n, c in counts["train"].items() if c["lines"])
         raise OptionError(
             f"--pairs {pair}: no training text is left after cleaning ({dropped}); leave the "
-            "pair out or relax the rules"
+            "pair out with --redo fetch, or relax the rules with --redo clean"
         )
     write_whole(summary, json.dumps(counts, indent=1) + "\n")
+    return counts

@@ -18,7 +18,7 @@ def whole_file(path, mode="wb", **options):
     """
     path = Path(path)
     # of this process alone: an orphan of a killed run may still be writing the same file
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    part = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
         with disk_space_for(path):
             with open(part, mode, **options) as handle:
@@ -51,7 +51,7 @@ def write_whole(path, text):
 
 def remove_unfinished(folder, pattern="*"):
     """Remove what a killed process had begun to write with :func:`whole_file`."""
-    for part in folder.glob(f"{pattern}.part[0-9]*"):
+    for part in folder.glob(f"{pattern}.unfinished-[0-9]*"):
         part.unlink(missing_ok=True)
 
 
@@ -65,8 +65,10 @@ def only_process_in(folder):
     with open(folder / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise OptionError(
                 f"--to {folder}: another process prepares data there; wait for it or stop it"
             ) from error
+        except OSError:
+            pass  # not every network file system has locks
         yield

@@ -45,7 +45,7 @@ def collect(sources, target, wanted, flores_codes=None):
             path = target / f"{split}.{pair}.{lang}"
             if path.is_symlink():
                 path.unlink()
-    sources = [_checked(Path(source)) for source in sources]
+    sources = [check_source(source) for source in sources]
     found = set()
     for source in sources:
         missing = {
@@ -96,7 +96,13 @@ def _best_layout(source, options, files):
     return {}
 
 
-def _checked(source):
+def check_source(source):
+    """The path of a source that can be searched.
+
+    Raises:
+        OptionError: it is missing, or neither a folder nor an archive.
+    """
+    source = Path(source)
     if not source.exists():
         raise OptionError(f"--from {source}: no such file or folder")
     if not source.is_dir() and not (source.is_file() and is_archive(source)):
@@ -140,7 +146,8 @@ def _wanted_name(path, names):
 
 def _ambiguous(source, first, second):
     return OptionError(
-        f"--from {source}: both {first} and {second}; give the folder of one, or remove the other"
+        f"--from {source}: both {str(first)!r} and {str(second)!r}; give the folder of one, or "
+        "remove the other"
     )
 
 
@@ -152,7 +159,7 @@ def _unpack(archive, names, target):
     version = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = target / "unpacked" / f"{archive.name}-{version}"
     if not _is_unpacked(folder, names):
-        for orphan in folder.rglob("*.part[0-9]*"):  # of a killed run
+        for orphan in folder.rglob("*.unfinished-[0-9]*"):  # of a killed run
             orphan.unlink()
         members = {}
 
@@ -201,7 +208,7 @@ def _is_unpacked(folder, names):
 
 def _link(path, target, name):
     """A link that appears at once, in place of any older one."""
-    part = target / f"{name}.part{os.getpid()}"
+    part = target / f"{name}.unfinished-{os.getpid()}"
     part.unlink(missing_ok=True)
     inside = path.is_relative_to(target)
     part.symlink_to(path.relative_to(target) if inside else path)

@@ -1,6 +1,7 @@
 """What is to be prepared, from which options, and where everything lies."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from fairseq_smoe import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.clean import Rules
 
+MOST_PIECES = 1_000_000
 DEFAULT_SPLITS = {"train": "train", "valid": "valid", "test": "test"}
 
 
@@ -58,9 +60,15 @@ class Plan:
     def sample(self):
         return self.work / "sample.txt"
 
-    @property
-    def counts(self):
-        return self.work / "counts.json"
+    def summary(self, step):
+        """The file in which a step says what it has left."""
+        return {
+            "fetch": self.raw / "found.json",
+            "verify": self.raw / "verified.json",
+            "clean": self.clean / "cleaned.json",
+            "encode": self.ids / "encoded.json",
+            "binarise": self.work / "binarised.json",
+        }[step]
 
     @property
     def model(self):
@@ -70,21 +78,15 @@ class Plan:
     def dictionary(self):
         return self.target / "dict.txt"
 
-    def languages(self, pairs=None):
-        return sorted({lang for pair in pairs or self.pairs for lang in pair.split("-")})
+    def languages(self, pairs):
+        return sorted({lang for pair in pairs for lang in pair.split("-")})
 
     def raw_splits(self):
-        """``{pair: its splits}`` of the text that was found; without empty files, and without pairs
+        """``{pair: its splits}`` of the text that is there; without empty files, and without pairs
         that have nothing to train on."""
-        return self._splits_in(self.raw)
 
-    def clean_splits(self):
-        """The same of the text that is left after cleaning."""
-        return self._splits_in(self.clean)
-
-    def _splits_in(self, folder):
         def has_text(split, pair):
-            paths = [folder / f"{split}.{pair}.{lang}" for lang in pair.split("-")]
+            paths = [self.raw / f"{split}.{pair}.{lang}" for lang in pair.split("-")]
             # one side alone is an error that a later check explains
             return all(path.exists() for path in paths) and any(p.stat().st_size for p in paths)
 
@@ -118,6 +120,7 @@ def make_plan(args):
         raise OptionError(f"--recipe {args.recipe}: is for --benchmark m4 or m15 without --from")
     if args.pairs:
         pairs = parse_pairs(args.pairs)
+        _check_published(benchmark, pairs, args)
     else:
         pairs = benchmark.pairs(args.with_train_only_pairs)
     splits = benchmark.splits if benchmark else DEFAULT_SPLITS
@@ -142,11 +145,23 @@ def make_plan(args):
     )
 
 
+def _check_published(benchmark, pairs, args):
+    """Before gigabytes are fetched in vain."""
+    if benchmark and not args.sources:
+        known = [pair.split("-") for pair in benchmark.pairs(train_only=True)]
+        for pair in pairs:
+            if sorted(pair.split("-")) not in map(sorted, known):
+                raise OptionError(
+                    f"--pairs {pair}: not in {benchmark.title}, which has "
+                    f"{', '.join('-'.join(pair) for pair in known)}; give text of it with --from"
+                )
+
+
 def _check_numbers(args):
     at_least = {
         "vocab_size": 10,
         "temperature": 1,
-        "sample_lines": 1,
+        "sample_lines": 1000,
         "workers": 1,
         "connections": 1,
         "lines_per_shard": 0,
@@ -158,17 +173,20 @@ def _check_numbers(args):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    if not 0 < args.character_coverage <= 1:
+    if not 0.98 <= args.character_coverage <= 1:  # SentencePiece takes no others
         raise OptionError(
-            f"--character-coverage {args.character_coverage}: expected a share, such as 0.9995"
+            f"--character-coverage {args.character_coverage}: expected a share from 0.98 to 1"
         )
+    if (args.vocab_size or 0) > MOST_PIECES:
+        raise OptionError(f"--vocab-size {args.vocab_size}: expected at most {MOST_PIECES}")
 
 
 def parse_pairs(text):
     """``"en-de,en-nl"`` -> ``["en-de", "en-nl"]``"""
-    pairs = text.split(",")
+    pairs = [pair.strip() for pair in text.split(",")]
     for pair in pairs:
-        if len(pair.split("-")) != 2 or not all(pair.split("-")) or "/" in pair or "." in pair:
+        langs = pair.split("-")
+        if len(set(langs)) != 2 or len(langs) != 2 or not re.fullmatch(r"\w+-\w+", pair):
             raise OptionError(
                 f"--pairs {pair}: expected two languages joined by one hyphen, e.g. en-de"
             )
@@ -186,6 +204,8 @@ def parse_splits(words):
             raise OptionError(
                 f"--splits {word}: expected NAME=PREFIX with NAME train, valid, test, test1, ..."
             )
+        if name in splits:
+            raise OptionError(f"--splits {word}: {name} is given twice; name test sets test1, ...")
         splits[name] = prefix
     tests = [name for name in splits if name.startswith("test")]
     if tests != [f"test{i or ''}" for i in range(len(tests))]:

@@ -26,22 +26,28 @@ class Record:
             self.steps.pop(step, None)
         self._write()
 
-    def begin(self, step, options):
-        """Check that ``step`` may run, and note its options (a dict of all of them).
+    def require_earlier(self, step, options):
+        """Check that all steps before ``step`` are complete, with these options (a dict of all).
 
         Raises:
-            OptionError: an earlier step is not complete, or this or an earlier one was begun with
-                other options.
+            OptionError: one is not complete, or was begun with other options.
         """
         for earlier in STEPS[: STEPS.index(step)]:
             if not self.is_complete(earlier):
                 raise OptionError(
                     f"--steps {step}: {earlier} is not complete in {self.target}; run it first"
                 )
-        for known in STEPS[: STEPS.index(step) + 1]:
-            # as json gives it back, which has no tuples
-            mine = {name: json.loads(json.dumps(options[name])) for name in STEP_OPTIONS[known]}
-            self._check_same(known, mine)
+            self._check_same(earlier, _options_of(earlier, options))
+
+    def begin(self, step, options):
+        """Check that ``step`` may run, and note its options.
+
+        Raises:
+            OptionError: as above, or ``step`` itself was begun with other options.
+        """
+        self.require_earlier(step, options)
+        mine = _options_of(step, options)
+        self._check_same(step, mine)
         self.steps.setdefault(step, {"complete": False, "options": mine})
         self._write()
 
@@ -60,6 +66,11 @@ class Record:
 
     def _write(self):
         write_whole(self.path, json.dumps(self.steps, indent=1) + "\n")
+
+
+def _options_of(step, options):
+    """As json gives them back, which has no tuples."""
+    return {name: json.loads(json.dumps(options[name])) for name in STEP_OPTIONS[step]}
 
 
 def _words(value):

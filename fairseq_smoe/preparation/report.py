@@ -39,6 +39,9 @@ def summarise(plan, cleaning, tokens):
             "kept": train["kept"]["lines"],
             "dropped": {rule: train[rule] for rule in RULES},
             "held_out": {s: c["kept"]["lines"] for s, c in splits.items() if s != "train"},
+            "held_out_not_utf8": sum(
+                counts["invalid_utf8"]["lines"] for s, counts in splits.items() if s != "train"
+            ),
             "sides": {lang: _side(tokens[f"train.{pair}.{lang}"]) for lang in pair.split("-")},
         }
     shares = language_shares({p: f["kept"] for p, f in pairs.items()}, plan.temperature)
@@ -54,6 +57,7 @@ def summarise(plan, cleaning, tokens):
         },
         "temperature": plan.temperature,
         "rules": vars(plan.rules),
+        "left_out": [pair for pair in plan.pairs if pair not in pairs],
         "train": _sum_over(pairs.values()),
         "pairs": dict(sorted(pairs.items(), key=lambda item: -item[1]["kept"])),
     }
@@ -96,6 +100,7 @@ def as_markdown(summary, pictures):
         "## Cleaning of the training text",
         _table(["", "pairs of lines", "", "words"], _cleaning_rows(summary)),
         _rules_in_words(summary["rules"]),
+        *_what_is_missing(summary),
         "## Pairs",
         "Probability: of each of the two directions, when training samples at temperature "
         f"{summary['temperature']:g}. Unknown: share of tokens that are not in the vocabulary.",
@@ -131,6 +136,19 @@ def _cleaning_rows(summary):
 def _rules_in_words(rules):
     options = " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in rules.items())
     return f"Rules: {options}. A pair that breaks several is counted under the first."
+
+
+def _what_is_missing(summary):
+    """Sentences on what was asked for and is not there."""
+    pairs = summary["pairs"]
+    without = [pair for pair, facts in pairs.items() if not facts["held_out"].get("valid")]
+    dropped = sum(facts["held_out_not_utf8"] for facts in pairs.values())
+    if summary["left_out"]:
+        yield f"Left out, as no training text was found: {', '.join(summary['left_out'])}."
+    if without:
+        yield f"Without text to validate on: {', '.join(without)}."
+    if dropped:
+        yield f"Dropped from text to validate and test on, as not UTF-8: {dropped:,} lines."
 
 
 def _pair_row(pair, facts):

@@ -1,11 +1,11 @@
 """The steps from published corpora to binary files; each takes a :class:`Plan`.
 
 fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. A step that was
-interrupted goes on from the files that are complete.
+interrupted goes on from the files that are complete. At its end it leaves a summary in a file, from
+which the next ones know what there is: text that goes missing in between is an error.
 """
 
 import json
-import shutil
 
 import sentencepiece as spm
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import binary, sources
 from fairseq_smoe.preparation.clean import clean_pair, write_held_out
 from fairseq_smoe.preparation.files import write_whole
-from fairseq_smoe.preparation.parallel_text import collect
+from fairseq_smoe.preparation.parallel_text import check_source, collect
 from fairseq_smoe.preparation.pool import in_parallel
 from fairseq_smoe.preparation.report import write_report
 from fairseq_smoe.preparation.verify import verify_pair
@@ -28,9 +28,40 @@ from fairseq_smoe.task_files import LANGS_FILE
 
 JOB_BYTES = 8_000_000  # text that a process encodes before it reports back
 
+# of which steps each reads the summary
+NEEDS = {
+    "fetch": (),
+    "verify": ("fetch",),
+    "clean": ("fetch", "verify"),
+    "sentencepiece": ("clean",),
+    "encode": ("clean",),
+    "binarise": ("clean", "encode"),
+    "report": ("clean", "binarise"),
+}
+
+
+def check_input(plan, step):
+    """Whether there is what ``step`` needs, as far as can be told without reading all of it.
+
+    Raises:
+        OptionError: names what is missing.
+    """
+    needed = [plan.summary(earlier) for earlier in NEEDS[step]]
+    if step in ("encode", "binarise"):
+        needed.append(plan.model)
+    for path in needed:
+        if not path.exists():
+            raise OptionError(f"{path}: is gone, and {step} needs it; give --redo fetch")
+    if step == "fetch":
+        for source in plan.sources:
+            check_source(source)
+
 
 def fetch(plan):
-    """Download what is not given with --from, and bring all text to ``work/raw``."""
+    """Download what is not given with --from, and bring all text to ``work/raw``.
+
+    Summary: ``{pair: [splits]}``.
+    """
     plan.raw.mkdir(exist_ok=True)
     codes = benchmarks.load(plan.benchmark).flores_codes() if plan.benchmark else {}
     places = list(plan.sources) or sources.fetch(plan)
@@ -39,12 +70,13 @@ def fetch(plan):
     if codes and not any(split == "valid" for split, _ in found):
         places.append(sources.fetch_flores200(plan.downloads, plan.flores_address))
         collect(places, plan.raw, wanted, codes)
-    _check_complete(plan)
-
-
-def _check_complete(plan):
-    where = f"--from {' '.join(plan.sources)}" if plan.sources else "the published text"
     found = plan.raw_splits()
+    _check_complete(plan, found)
+    _write_summary(plan, "fetch", found)
+
+
+def _check_complete(plan, found):
+    where = f"--from {' '.join(plan.sources)}" if plan.sources else "the published text"
     missing = [pair for pair in plan.pairs if pair not in found]
     if missing and (not found or not plan.skip_missing):
         some = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
@@ -52,11 +84,16 @@ def _check_complete(plan):
             f"{where}: no training text of {some}; {_expected_files(plan, 'train', missing[0])}, "
             "or give other --pairs or --skip-missing"
         )
-    if not any("valid" in splits for splits in found.values()):
+    without = [pair for pair in found if "valid" not in found[pair]]
+    if len(without) == len(found):
         raise OptionError(
             f"{where}: no text of split valid; {_expected_files(plan, 'valid', plan.pairs[0])}, or "
             "say with --splits valid=PREFIX how they are named"
         )
+    if missing:
+        print(f"fetch: no training text of, and so without: {', '.join(missing)}")
+    if without:
+        print(f"fetch: only to train on, without text to validate: {', '.join(without)}")
 
 
 def _expected_files(plan, split, pair):
@@ -65,21 +102,25 @@ def _expected_files(plan, split, pair):
 
 
 def verify(plan):
-    """Both sides of every split have the same number of lines, in UTF-8."""
+    """Both sides of every split have the same number of lines, in UTF-8.
+
+    Summary: ``{file: [bytes, time of its last change]}``.
+    """
     strict = plan.rules.invalid_utf8 == "error"
     jobs = [
         (plan.raw, split, pair, strict)
-        for pair, splits in plan.raw_splits().items()
+        for pair, splits in _summary(plan, "fetch").items()
         for split in splits
     ]
-    in_parallel(verify_pair, jobs, plan.workers, "verify", "text")
+    states = in_parallel(verify_pair, jobs, plan.workers, "verify", "text")
+    _write_summary(plan, "verify", {name: s for state in states for name, s in state.items()})
 
 
 def clean(plan):
-    """Drop what the rules say."""
+    """Drop what the rules say. Summary: ``{pair: {split: counts}}``."""
     folder = plan.clean
     folder.mkdir(exist_ok=True)
-    found = plan.raw_splits()
+    found, verified = _summary(plan, "fetch"), _summary(plan, "verify")
     for lang in tqdm(plan.languages(found), desc="held-out text", unit="language"):
         if not (folder / f"held-out.{lang}.npy").exists():
             paths = [
@@ -89,29 +130,26 @@ def clean(plan):
                 if lang in pair.split("-") and split != "train"
             ]
             write_held_out(paths, folder / f"held-out.{lang}.npy")
-    jobs = [
-        (pair, plan.raw, folder, splits, plan.rules) for pair, splits in _largest_first(plan, found)
-    ]
-    in_parallel(clean_pair, jobs, plan.workers, "clean", "pair")
 
+    def size(pair):
+        return verified[f"train.{pair}.{pair.split('-')[1]}"][0]
 
-def _largest_first(plan, found):
-    def size(item):
-        return (plan.raw / f"train.{item[0]}.{item[0].split('-')[1]}").stat().st_size
-
-    return sorted(found.items(), key=size, reverse=True)
+    largest_first = sorted(found, key=size, reverse=True)
+    jobs = [(pair, plan.raw, folder, found[pair], verified, plan.rules) for pair in largest_first]
+    counts = in_parallel(clean_pair, jobs, plan.workers, "clean", "pair")
+    _write_summary(plan, "clean", dict(zip(largest_first, counts)))
 
 
 def sentencepiece(plan):
     """Train the joint vocabulary; write the dictionary and the list of languages."""
-    pairs = list(plan.clean_splits())
-    files = {lang: [] for lang in plan.languages(pairs)}
-    lines = {}
-    for pair in pairs:
-        for lang in pair.split("-"):
+    cleaned = _summary(plan, "clean")
+    langs = plan.languages(cleaned)
+    files, lines = {lang: [] for lang in langs}, {}
+    for pair in plan.pairs:
+        for lang in pair.split("-") if pair in cleaned else ():
             path = plan.clean / f"train.{pair}.{lang}"
             files[lang].append(path)
-            lines[path] = _clean_counts(plan, pair)["train"]["kept"]["lines"]
+            lines[path] = cleaned[pair]["train"]["kept"]["lines"]
     if not plan.sample.exists():
         write_sample(files, lines, plan.sample, plan.temperature, plan.sample_lines, plan.seed)
     if not plan.model.exists():
@@ -120,20 +158,21 @@ def sentencepiece(plan):
         except OptionError:
             plan.sample.unlink()  # other options may make another one
             raise
-    langs = plan.languages(pairs)
-    write_dictionary(_model(plan), langs, plan.dictionary)
+    model = spm.SentencePieceProcessor(model_file=str(plan.model))
+    write_dictionary(model, langs, plan.dictionary)
     for lang in langs:  # fairseq reads one for each language
         write_whole(plan.target / f"dict.{lang}.txt", plan.dictionary.read_text(encoding="utf-8"))
     write_whole(plan.target / LANGS_FILE, "".join(f"{lang}\n" for lang in langs))
 
 
 def encode(plan):
-    """Turn text into the numbers of the dictionary, in chunks."""
+    """Turn text into the numbers of the dictionary. Summary: ``{text file: number of chunks}``."""
     plan.ids.mkdir(exist_ok=True)
-    jobs, job_bytes = [], JOB_BYTES
+    numbers, jobs, job_bytes = {}, [], JOB_BYTES
     for name in tqdm(_text_files(plan), desc="measure", unit="file"):
         bounds = binary.chunk_bounds(plan.clean / name)
         chunks = binary.chunk_files(plan.ids, name, len(bounds))
+        numbers[name] = len(chunks)
         for (start, stop), chunk in zip(bounds, chunks):
             if job_bytes >= JOB_BYTES:
                 jobs.append([])
@@ -141,82 +180,48 @@ def encode(plan):
             jobs[-1].append((plan.clean / name, start, stop, chunk))
             job_bytes += stop - start
     dtype = binary.token_type(_dictionary_size(plan))
-    in_parallel(
-        binary.encode_chunks,
-        [(job, plan.model, dtype) for job in jobs],
-        plan.workers,
-        "encode",
-        "chunk",
-    )
+    jobs = [(job, plan.model, dtype) for job in jobs]
+    in_parallel(binary.encode_chunks, jobs, plan.workers, "encode", "job")
+    _write_summary(plan, "encode", numbers)
 
 
 def binarise(plan):
-    """Join the chunks to the files that fairseq reads, and count tokens."""
-    names = _text_files(plan)
+    """Join the chunks to the files that fairseq reads. Summary: counts of each text file."""
+    cleaned, numbers = _summary(plan, "clean"), _summary(plan, "encode")
     jobs = []
-    for name in names:
-        chunks = sorted(plan.ids.glob(f"{name}.[0-9]*.npz"))
+    for name, number in numbers.items():
         split, pair, _ = name.split(".")
-        lines = _clean_counts(plan, pair)[split]["kept"]["lines"]
-        shards = plan.shards(name, lines)
+        shards = plan.shards(name, cleaned[pair][split]["kept"]["lines"])
         for shard in shards:
             shard.parent.mkdir(exist_ok=True)
-        jobs.append((chunks, shards))
+        jobs.append((binary.chunk_files(plan.ids, name, number), shards))
     counts = in_parallel(binary.binarise, jobs, plan.workers, "binarise", "file")
-    write_whole(plan.counts, json.dumps(dict(zip(names, counts))) + "\n")
+    _write_summary(plan, "binarise", dict(zip(numbers, counts)))
 
 
 def report(plan):
     """Describe the data in ``report.md``, ``report.json`` and pictures."""
-    cleaning = {pair: _clean_counts(plan, pair) for pair in plan.clean_splits()}
-    tokens = json.loads(plan.counts.read_text(encoding="utf-8"))
-    write_report(plan, cleaning, tokens)
+    write_report(plan, _summary(plan, "clean"), _summary(plan, "binarise"))
 
 
-def forget_output(plan, first):
-    """Delete what ``first`` and all later steps have written; downloads stay."""
-    outputs = {
-        "fetch": [plan.raw],
-        "verify": [],
-        "clean": [plan.clean],
-        "sentencepiece": [
-            *(plan.sample, plan.model, plan.target / LANGS_FILE),
-            *plan.target.glob("dict*.txt"),
-        ],
-        "encode": [plan.ids],
-        "binarise": [
-            plan.counts,
-            *(path for end in ("bin", "idx") for path in plan.target.glob(f"*.{end}")),
-            *plan.target.glob("shard[0-9]*"),
-        ],
-        "report": list(plan.target.glob("report*")),
-    }
-    names = list(outputs)
-    for name in names[names.index(first) :]:
-        for path in outputs[name]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+def _summary(plan, step):
+    return json.loads(plan.summary(step).read_text(encoding="utf-8"))
+
+
+def _write_summary(plan, step, content):
+    write_whole(plan.summary(step), json.dumps(content) + "\n")
 
 
 def _text_files(plan):
-    """``["train.en-de.de", ...]``, the largest first."""
+    """``["train.en-de.de", ...]`` of all text that is left after cleaning, the largest first."""
     names = [
         f"{split}.{pair}.{lang}"
-        for pair, splits in plan.clean_splits().items()
-        for split in splits
+        for pair, splits in _summary(plan, "clean").items()
+        for split, counts in splits.items()
         for lang in pair.split("-")
+        if counts["kept"]["lines"]
     ]
-    return sorted(names, key=lambda name: -(plan.clean / name).stat().st_size)
-
-
-def _clean_counts(plan, pair):
-    return json.loads((plan.clean / f"{pair}.json").read_text(encoding="utf-8"))
-
-
-def _model(plan):
-    return spm.SentencePieceProcessor(model_file=str(plan.model))
+    return sorted(names, key=lambda name: (-(plan.clean / name).stat().st_size, name))
 
 
 def _dictionary_size(plan):

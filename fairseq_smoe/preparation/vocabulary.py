@@ -12,6 +12,7 @@ FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # at the head of every dic
 # The result depends on it, through the order of floating point sums, so that it is not the number
 # of cores
 TRAINING_THREADS = 8
+MOST_BYTES = 1_000_000  # of a sentence that SentencePiece is trained on, which skips longer ones
 
 
 def language_shares(counts, temperature):
@@ -38,7 +39,7 @@ def sample_sizes(counts, temperature, num_lines):
         shares = language_shares(open_langs, temperature)
         exhausted = {lang: n for lang, n in open_langs.items() if shares[lang] * left >= n}
         if not exhausted:
-            return sizes | {lang: round(shares[lang] * left) for lang in open_langs}
+            return sizes | {lang: int(shares[lang] * left + 1e-6) for lang in open_langs}
         sizes |= exhausted
         left -= sum(exhausted.values())
         open_langs = {lang: n for lang, n in open_langs.items() if lang not in exhausted}
@@ -82,11 +83,13 @@ def train_sentencepiece(sample, model_path, vocab_size, character_coverage):
                 vocab_size=vocab_size,
                 character_coverage=character_coverage,
                 input_sentence_size=0,
+                max_sentence_length=MOST_BYTES,
                 num_threads=TRAINING_THREADS,
                 minloglevel=1,
             )
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rpartition("] ")[2]  # without the place in its code
+        reason = reason.replace("--character_coverage", "--character-coverage")
         raise OptionError(f"--vocab-size {vocab_size}: SentencePiece says: {reason}") from error
     with whole_file(model_path) as handle:
         handle.write(model.getvalue())
