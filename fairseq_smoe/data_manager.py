@@ -231,6 +231,12 @@ def find_pairs(folder, split):
     }
 
 
+def all_directions(data, split):
+    """Both directions of every pair that has files of a split, in alphabetical order."""
+    pairs = set().union(*(find_pairs(folder, split) for folder in find_shards(data)))
+    return sorted({d for pair in pairs for d in (pair, "-".join(reversed(pair.split("-"))))})
+
+
 def pair_of(direction, pairs):
     """Which of ``pairs`` holds a direction: itself or its reverse, or None."""
     reverse = "-".join(reversed(direction.split("-")))

@@ -8,7 +8,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
 from fairseq_smoe.capacity_meter import CapacityMeter
-from fairseq_smoe.data_manager import DirectionDataManager
+from fairseq_smoe.data_manager import DirectionDataManager, all_directions
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.task_files import LANGS_FILE
 
@@ -18,9 +18,10 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     """Many-to-many translation on top of ``translation_multi_simple_epoch``.
 
     By default the target language's token stands in front of the source (paper, section 4.3) and
-    of the target, and directions are sampled by temperature 1, i.e. by size. The languages are
-    read from ``langs.txt`` in the data folder where neither --langs nor --lang-dict is given, so
-    that training and translation agree on the vocabulary.
+    of the target, and directions are sampled by temperature 1, i.e. by size. Without --lang-pairs,
+    both directions of all pairs in the data folder are trained. The languages are read from
+    ``langs.txt`` there where neither --langs nor --lang-dict is given, so that training and
+    translation agree on the vocabulary.
     """
 
     @staticmethod
@@ -88,7 +89,14 @@ def complete_languages(args):
     if args.source_lang and args.target_lang and args.lang_pairs is None:
         args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
     if args.lang_pairs is None:
-        raise OptionError("--lang-pairs: give the directions to train, e.g. --lang-pairs en-de,de-en")
+        args.lang_pairs = ",".join(
+            all_directions(args.data, getattr(args, "train_subset", None) or "train")
+        )
+    if not args.lang_pairs:
+        raise OptionError(
+            f"{folder}: holds no training files; give the output of prepare or fairseq-preprocess, "
+            "or directions with --lang-pairs"
+        )
     listed_in = f"--lang-dict {args.lang_dict}"
     if args.langs:
         listed_in = f"--langs {','.join(args.langs)}"

@@ -111,6 +111,17 @@ def test_directions_without_validation_files_are_left_out_and_named(folder, capl
         assert target[1] == 4 + DIRECTIONS.index(direction) // 2
 
 
+def test_all_directions_are_trained_unless_told_otherwise(folder):
+    task = set_up(folder, lang_pairs=None)[1]
+    assert task.lang_pairs == sorted(DIRECTIONS)
+    load_training_set(task)
+    assert len(task.datasets["train"]) == 2 * (10 + 20 + 30)
+    for path in folder.glob("train.*"):
+        path.unlink()
+    with pytest.raises(OptionError, match="holds no training files; give the output of prepare"):
+        set_up(folder, lang_pairs=None)
+
+
 def test_half_a_pair_counts_as_missing(folder):
     (folder / "valid.en-cc.cc.bin").unlink()
     task = task_of(folder)

@@ -157,8 +157,8 @@ def _add_clean(group):
         type=float,
         default=rules.max_length_ratio,
         metavar="R",
-        help="drop pairs with a side R times as long as the other, in characters; 0: no limit "
-        "(%(default)s)",
+        help="drop pairs with a side more than R times as long as the other, in characters; 0: no "
+        "limit (%(default)s)",
     )
     drop_or_keep(
         "--held-out",
