@@ -1,4 +1,4 @@
-"""``smoe_translation``: many-to-many translation with per-direction scores and routing statistics."""
+"""``smoe_translation``: many-to-many translation, per-direction scores, routing statistics."""
 
 import json
 import os
