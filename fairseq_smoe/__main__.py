@@ -17,7 +17,9 @@ COMMANDS = {
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_smoe", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fairseq_smoe", description="What fairseq's own commands do not do."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
     modules = {}

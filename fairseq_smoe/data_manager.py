@@ -132,8 +132,8 @@ class DirectionDataManager(MultilingualDatasetManager):
             remedy = "name another set or give --disable-validation"
         some = ", ".join(sorted(present)[:5] + ["..."] * (len(present) > 5))
         return (
-            f"{option}: no {split} sentences of {direction} in {self.args.data}, which has some of "
-            f"{some or 'no pair'}; {remedy}"
+            f"{option}: no {split} sentences of {direction} in {self.args.data}, which has "
+            f"{f'some of {some}' if some else 'none at all'}; {remedy}"
         )
 
     def get_split_data_param_list(self, split, epoch, shard_epoch=None):

@@ -59,6 +59,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         self.capacity_meter = None
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
+        if self.args.target_lang is None:
+            raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
         self.capacity_meter = CapacityMeter(models)
         return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
 
@@ -85,7 +87,7 @@ def complete_languages(args):
     """
     folder = utils.split_paths(args.data)[0]
     if not os.path.isdir(folder):
-        raise OptionError(f"{folder}: no such data folder; give the output of fairseq-preprocess")
+        raise OptionError(f"{folder}: no such data folder; give the output of prepare")
     if args.source_lang and args.target_lang and args.lang_pairs is None:
         args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
     if args.lang_pairs is None:

@@ -92,6 +92,13 @@ def test_fairseq_generate_answers_a_missing_language_in_one_line(data, short_run
     assert "zz is missing" in line
 
 
+def test_fairseq_generate_asks_for_the_direction(data, short_run):
+    checkpoint = short_run / "checkpoint_last.pt"
+    options = {"source_lang": None, "target_lang": None}
+    line = answer(generate(data, checkpoint, check=False, **options))
+    assert "--target-lang: give --source-lang and --target-lang to translate" in line
+
+
 @pytest.mark.parametrize("way", ["resume", "finetune", "generate"])
 def test_checkpoint_of_another_layout_is_refused(way, data, short_run, tmp_path):
     """Resumed in its --save-dir, taken as a start, or translated with other options."""

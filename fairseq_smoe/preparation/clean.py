@@ -17,7 +17,6 @@ import numpy as np
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.files import whole_file, write_whole
-from fairseq_smoe.preparation.verify import state_of
 
 RULES = (
     "invalid_utf8",
@@ -165,17 +164,14 @@ def tidy_held_out_text(paths, targets):
     }
 
 
-def clean_pair(pair, raw, folder, splits, verified, rules):
+def clean_pair(pair, raw, folder, splits, rules):
     """Clean all splits of a language pair.
-
-    Args:
-        verified: the state of every file when it was verified.
 
     Returns:
         ``{split: counts}``, which ``PAIR.json`` keeps, too.
 
     Raises:
-        OptionError: a file has changed, or no training text is left.
+        OptionError: no training text is left.
     """
     summary = folder / f"{pair}.json"
     if summary.exists():
@@ -183,11 +179,6 @@ def clean_pair(pair, raw, folder, splits, verified, rules):
     langs, counts = pair.split("-"), {}
     for split in splits:
         paths = [raw / f"{split}.{pair}.{lang}" for lang in langs]
-        for path in paths:
-            if state_of(path) != verified[path.name]:
-                raise OptionError(
-                    f"{path.resolve()}: has changed since it was verified; give --redo fetch"
-                )
         targets = [folder / path.name for path in paths]
         if split == "train":
             held_out = [folder / f"held-out.{lang}.npy" for lang in langs]

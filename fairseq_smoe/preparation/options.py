@@ -43,13 +43,14 @@ def add_arguments(parser):
         choices=STEPS,
         default=STEPS,
         metavar="STEP",
-        help=f"run these alone, of {', '.join(STEPS)} (default: all)",
+        help=f"run these alone, of {', '.join(STEPS)}, with the other options as before "
+        "(default: all)",
     )
     parser.add_argument(
         "--redo",
         choices=STEPS,
         metavar="STEP",
-        help="forget the output of STEP and of all later steps first, to change their options",
+        help="first remove the output of STEP and of all later steps, as after a change of options",
     )
     _add_text(parser.add_argument_group("what text"))
     _add_download(parser.add_argument_group("where published text comes from"))
@@ -73,9 +74,9 @@ def _add_text(group):
         dest="sources",
         nargs="+",
         metavar="PATH",
-        help="folders or archives (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip) with text, one sentence "
-        "a line, in files named PREFIX.en-de.de or opus.en-de-PREFIX.de anywhere inside; the first "
-        "that has a pair wins",
+        help="folders or archives (.tar, .tar.gz, .tgz, .tar.xz, .tar.bz2, .zip) with text, one "
+        "sentence a line, in files named PREFIX.en-de.de or opus.en-de-PREFIX.de anywhere inside; "
+        "the first that has a pair wins",
     )
     group.add_argument(
         "--pairs", metavar="A-B,...", help="language pairs; both directions of each can be trained"
@@ -162,8 +163,8 @@ def _add_clean(group):
     )
     drop_or_keep(
         "--held-out",
-        "pairs with a side that is text of the same language to validate or test on, of any pair, "
-        "but for case, width and spaces",
+        "pairs with a side that is also, case, width and spaces aside, in the validation or test "
+        "text of its language, of whichever pair",
     )
     drop_or_keep("--duplicates", "all but the first of equal pairs")
 

@@ -188,7 +188,7 @@ def parse_pairs(text):
         langs = pair.split("-")
         if len(set(langs)) != 2 or len(langs) != 2 or not re.fullmatch(r"\w+-\w+", pair):
             raise OptionError(
-                f"--pairs {pair}: expected two languages joined by one hyphen, e.g. en-de"
+                f"--pairs {pair}: expected two different languages joined by one hyphen, e.g. en-de"
             )
         if pairs.count(pair) + pairs.count("-".join(reversed(pair.split("-")))) > 1:
             raise OptionError(f"--pairs {pair}: given twice; one name stands for both directions")

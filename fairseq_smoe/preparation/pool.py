@@ -20,6 +20,12 @@ def available_cores():
     return os.cpu_count()
 
 
+def in_child(function, *arguments):
+    """``function(*arguments)`` in a process of its own: Ctrl-C ends even what does not listen."""
+    with _pool(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def in_parallel(function, jobs, workers, title, unit):
     """``[function(*job) for job in jobs]``, in any order of work, results in the order of jobs.
 
@@ -34,13 +40,7 @@ def in_parallel(function, jobs, workers, title, unit):
     if workers == 1 or len(jobs) < 2:
         with bar:
             return [_counted(function, job, bar) for job in jobs]
-    pool = ProcessPoolExecutor(
-        max_workers=min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_quietly_with_parent,
-        initargs=(os.getpid(),),
-    )
-    with bar, pool:
+    with bar, _pool(min(workers, len(jobs))) as pool:
         try:
             futures = [pool.submit(function, *job) for job in jobs]
             for future in as_completed(futures):
@@ -56,6 +56,15 @@ def in_parallel(function, jobs, workers, title, unit):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _pool(workers):
+    return ProcessPoolExecutor(
+        max_workers=workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_quietly_with_parent,
+        initargs=(os.getpid(),),
+    )
+
+
 def _counted(function, job, bar):
     result = function(*job)
     bar.update()
@@ -65,7 +74,7 @@ def _counted(function, job, bar):
 def _end_quietly_with_parent(parent):
     """Processes of a pool wait for work forever when their parent is killed, and print a traceback
     each on Ctrl-C, which all processes of a terminal receive."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch():
         while os.getppid() == parent:

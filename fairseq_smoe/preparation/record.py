@@ -60,9 +60,13 @@ class Record:
             if options[name] != before:
                 raise OptionError(
                     f"{flag(name)} {_words(options[name])}: {self.target} was begun with "
-                    f"{flag(name)} {_words(before)}; choose another --to, or give --redo {step} to "
-                    "replace what is there"
+                    f"{flag(name)} {_words(before)}; give that again, choose another --to, or give "
+                    f"--redo {self._first_possible(step)} to replace what is there"
                 )
+
+    def _first_possible(self, step):
+        """Without the intermediate files, which a user may delete, only a redo of all."""
+        return step if (self.target / "work" / "raw").exists() else "fetch"
 
     def _write(self):
         write_whole(self.path, json.dumps(self.steps, indent=1) + "\n")

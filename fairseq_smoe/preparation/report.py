@@ -37,6 +37,7 @@ def summarise(plan, cleaning, tokens):
         pairs[pair] = {
             "found": sum(count["lines"] for count in train.values()),
             "kept": train["kept"]["lines"],
+            "words": train["kept"]["words"],
             "dropped": {rule: train[rule] for rule in RULES},
             "held_out": {s: c["kept"]["lines"] for s, c in splits.items() if s != "train"},
             "held_out_not_utf8": sum(
@@ -77,6 +78,7 @@ def _sum_over(pairs):
     return {
         "found": sum(facts["found"] for facts in pairs),
         "kept": sum(facts["kept"] for facts in pairs),
+        "words": sum(facts["words"] for facts in pairs),
         "tokens": sum(side["tokens"] for facts in pairs for side in facts["sides"].values()),
         "dropped": {
             rule: {
@@ -98,12 +100,13 @@ def as_markdown(summary, pictures):
         f"{vocabulary['character_coverage']}, trained on at most {vocabulary['sample_lines']:,} "
         f"lines drawn at temperature {summary['temperature']:g}, seed {vocabulary['seed']}.",
         "## Cleaning of the training text",
-        _table(["", "pairs of lines", "", "words"], _cleaning_rows(summary)),
+        _table(["dropped as", "pairs of lines", "share", "words"], _cleaning_rows(summary)),
         _rules_in_words(summary["rules"]),
         *_what_is_missing(summary),
         "## Pairs",
         "Probability: of each of the two directions, when training samples at temperature "
-        f"{summary['temperature']:g}. Unknown: share of tokens that are not in the vocabulary.",
+        f"{summary['temperature']:g}. Unknown: share of tokens that are not in the vocabulary. Two "
+        "figures in a cell are of the two languages in the order of the pair's name.",
         _table(
             [
                 *("pair", "lines", "valid", "test", "tokens"),
@@ -130,7 +133,7 @@ def _cleaning_rows(summary):
     counts = {rule.replace("_", " "): train["dropped"][rule] for rule in RULES}
     for name, count in counts.items():
         yield [name, count["lines"], f"{count['lines'] / train['found']:.2%}", count["words"]]
-    yield ["**kept**", train["kept"], f"{train['kept'] / train['found']:.2%}", ""]
+    yield ["**kept**", train["kept"], f"{train['kept'] / train['found']:.2%}", train["words"]]
 
 
 def _rules_in_words(rules):

@@ -2,6 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fairseq_smoe.preparation.files import whole_file
 
@@ -16,12 +17,17 @@ def plot_sizes(summary, path):
     axes = figure.subplots()
     x = np.arange(len(pairs))
     axes.bar(x, [facts["kept"] for facts in pairs.values()], color="tab:blue")
-    axes.set(yscale="log", ylabel="pairs of training sentences", xlim=(-0.7, len(pairs) - 0.3))
+    axes.set(yscale="log", xlim=(-0.7, len(pairs) - 0.3))
+    axes.set_ylim(bottom=1)  # bars on a logarithmic axis are as long as it says
+    axes.set_ylabel("pairs of training sentences", color="tab:blue")
     axes.set_xticks(x, pairs, rotation=90, fontsize="small")
     right = axes.twinx()
     shares = [200 * facts["probability_per_direction"] for facts in pairs.values()]
-    right.plot(x, shares, ".-", color="tab:orange")
-    right.set_ylabel(f"% of sampled sentences (T = {summary['temperature']:g})")
+    right.plot(x, shares, ".", color="tab:orange")
+    temperature = f"T = {summary['temperature']:g}"
+    right.set_ylabel(
+        f"% of sampled sentences,\nboth directions ({temperature})", color="tab:orange"
+    )
     right.set_ylim(bottom=0)
     _save(figure, path)
 
@@ -42,8 +48,9 @@ def plot_lengths(tokens, path):
     axes = figure.subplots()
     axes.bxp(boxes, showfliers=False)
     axes.set(yscale="log", ylabel="tokens per sentence: 5, 25, 50, 75, 95%")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", rotation=90, labelsize="small")
     _save(figure, path)
 

@@ -16,9 +16,9 @@ from fairseq_smoe.preparation import binary, sources
 from fairseq_smoe.preparation.clean import clean_pair, write_held_out
 from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.preparation.parallel_text import check_source, collect
-from fairseq_smoe.preparation.pool import in_parallel
+from fairseq_smoe.preparation.pool import in_child, in_parallel
 from fairseq_smoe.preparation.report import write_report
-from fairseq_smoe.preparation.verify import verify_pair
+from fairseq_smoe.preparation.verify import state_of, verify_pair
 from fairseq_smoe.preparation.vocabulary import (
     train_sentencepiece,
     write_dictionary,
@@ -55,6 +55,13 @@ def check_input(plan, step):
     if step == "fetch":
         for source in plan.sources:
             check_source(source)
+    if step == "clean":
+        for name, state in _summary(plan, "verify").items():
+            path = plan.raw / name
+            if state_of(path) != state:
+                raise OptionError(
+                    f"{path.resolve()}: has changed since it was verified; give --redo fetch"
+                )
 
 
 def fetch(plan):
@@ -66,8 +73,8 @@ def fetch(plan):
     codes = benchmarks.load(plan.benchmark).flores_codes() if plan.benchmark else {}
     places = list(plan.sources) or sources.fetch(plan)
     wanted = {(split, pair): prefix for split, prefix in plan.splits.items() for pair in plan.pairs}
-    found = collect(places, plan.raw, wanted, codes)
-    if codes and not any(split == "valid" for split, _ in found):
+    splits = {split for split, _ in collect(places, plan.raw, wanted, codes)}
+    if codes and "train" in splits and "valid" not in splits:
         places.append(sources.fetch_flores200(plan.downloads, plan.flores_address))
         collect(places, plan.raw, wanted, codes)
     found = plan.raw_splits()
@@ -82,18 +89,20 @@ def _check_complete(plan, found):
         some = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
         raise OptionError(
             f"{where}: no training text of {some}; {_expected_files(plan, 'train', missing[0])}, "
-            "or give other --pairs or --skip-missing"
+            f"or give other --pairs{' or --skip-missing' * bool(found)}"
         )
-    without = [pair for pair in found if "valid" not in found[pair]]
-    if len(without) == len(found):
+    if not any("valid" in splits for splits in found.values()):
         raise OptionError(
-            f"{where}: no text of split valid; {_expected_files(plan, 'valid', plan.pairs[0])}, or "
-            "say with --splits valid=PREFIX how they are named"
+            f"{where}: no text of split valid, and training needs some; "
+            f"{_expected_files(plan, 'valid', plan.pairs[0])}, or say with --splits valid=PREFIX "
+            "how they are named"
         )
     if missing:
-        print(f"fetch: no training text of, and so without: {', '.join(missing)}")
-    if without:
-        print(f"fetch: only to train on, without text to validate: {', '.join(without)}")
+        print(f"fetch: no training text, and so left out: {', '.join(missing)}")
+    for split in plan.splits:
+        without = [pair for pair in found if split not in found[pair]]
+        if without:
+            print(f"fetch: no text of split {split}: {', '.join(without)}")
 
 
 def _expected_files(plan, split, pair):
@@ -135,7 +144,7 @@ def clean(plan):
         return verified[f"train.{pair}.{pair.split('-')[1]}"][0]
 
     largest_first = sorted(found, key=size, reverse=True)
-    jobs = [(pair, plan.raw, folder, found[pair], verified, plan.rules) for pair in largest_first]
+    jobs = [(pair, plan.raw, folder, found[pair], plan.rules) for pair in largest_first]
     counts = in_parallel(clean_pair, jobs, plan.workers, "clean", "pair")
     _write_summary(plan, "clean", dict(zip(largest_first, counts)))
 
@@ -153,8 +162,10 @@ def sentencepiece(plan):
     if not plan.sample.exists():
         write_sample(files, lines, plan.sample, plan.temperature, plan.sample_lines, plan.seed)
     if not plan.model.exists():
+        print("sentencepiece: drawn the sample; training takes minutes, with no bar", flush=True)
+        sizes = plan.vocab_size, plan.character_coverage
         try:
-            train_sentencepiece(plan.sample, plan.model, plan.vocab_size, plan.character_coverage)
+            in_child(train_sentencepiece, plan.sample, plan.model, *sizes)
         except OptionError:
             plan.sample.unlink()  # other options may make another one
             raise
