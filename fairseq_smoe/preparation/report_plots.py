@@ -23,7 +23,7 @@ def plot_sizes(summary, path):
     axes.set_xticks(x, pairs, rotation=90, fontsize="small")
     right = axes.twinx()
     shares = [200 * facts["probability_per_direction"] for facts in pairs.values()]
-    right.plot(x, shares, ".", color="tab:orange")
+    right.plot(x, shares, "o", color="tab:orange", markeredgecolor="white")
     temperature = f"T = {summary['temperature']:g}"
     right.set_ylabel(
         f"% of sampled sentences,\nboth directions ({temperature})", color="tab:orange"
