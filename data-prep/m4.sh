@@ -7,10 +7,5 @@
 #   bash data-prep/m4.sh data/m4 --recipe data-prep/recipe-m4.txt    published corpora of a list
 #
 # The same command again goes on where it was interrupted. data-prep/README.md says more.
-set -euo pipefail
-usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
-case "${1:-}" in
-    -h | --help) usage && exit ;;
-    "" | -*) usage >&2 && exit 2 ;;
-esac
-exec python -m fairseq_smoe prepare --benchmark m4 --to "$@"
+source "$(dirname "$0")/common.sh"
+prepare_benchmark m4 "$@"

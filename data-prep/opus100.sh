@@ -7,10 +7,5 @@
 #   bash data-prep/opus100.sh data/opus100 --from opus-100-corpus     text that is there already
 #
 # The same command again goes on where it was interrupted. data-prep/README.md says more.
-set -euo pipefail
-usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
-case "${1:-}" in
-    -h | --help) usage && exit ;;
-    "" | -*) usage >&2 && exit 2 ;;
-esac
-exec python -m fairseq_smoe prepare --benchmark opus100 --to "$@"
+source "$(dirname "$0")/common.sh"
+prepare_benchmark opus100 "$@"

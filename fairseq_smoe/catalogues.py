@@ -10,6 +10,7 @@ from pathlib import Path
 import polib
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import write_whole
 
 VALID_SHARE, TEST_SHARE = 0.04, 0.07  # of the texts that are long enough to be worth translating
 MIN_HELD_OUT_WORDS = 3  # shorter texts are labels such as "Add user": they go to the training data
@@ -116,10 +117,8 @@ def split_of(english):
 
 def write_split(target, name, lang, pairs):
     for suffix, lines in (("en", pairs.keys()), (lang, pairs.values())):
-        path = target / f"{name}.en-{lang}.{suffix}"
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        part.replace(path)
+        text = "".join(f"{line}\n" for line in lines)
+        write_whole(target / f"{name}.en-{lang}.{suffix}", text)
 
 
 def _one_line(text):

@@ -176,11 +176,12 @@ class DirectionDataManager(MultilingualDatasetManager):
     def _count_sentences(self, folder, split, direction):
         """As many as the dataset of this folder will have, which fairseq makes of the split's
         files train, train1, train2, ..."""
-        source, target = direction.split("-")
+        source = direction.split("-")[0]
         counts = []
         for k in itertools.count():
             part = os.path.join(folder, f"{split}{k or ''}")
-            prefixes = [f"{part}.{pair}.{source}" for pair in (direction, f"{target}-{source}")]
+            pairs = (direction, reverse_of(direction))
+            prefixes = [f"{part}.{pair}.{source}" for pair in pairs]
             found = [p for p in prefixes if indexed_dataset.dataset_exists(p, "mmap")]
             if not found:
                 break
@@ -234,13 +235,17 @@ def find_pairs(folder, split):
 def all_directions(data, split):
     """Both directions of every pair that has files of a split, in alphabetical order."""
     pairs = set().union(*(find_pairs(folder, split) for folder in find_shards(data)))
-    return sorted({d for pair in pairs for d in (pair, "-".join(reversed(pair.split("-"))))})
+    return sorted({d for pair in pairs for d in (pair, reverse_of(pair))})
 
 
 def pair_of(direction, pairs):
     """Which of ``pairs`` holds a direction: itself or its reverse, or None."""
-    reverse = "-".join(reversed(direction.split("-")))
-    return next((pair for pair in (direction, reverse) if pair in pairs), None)
+    return next((pair for pair in (direction, reverse_of(direction)) if pair in pairs), None)
+
+
+def reverse_of(direction):
+    """``"en-de"`` -> ``"de-en"``"""
+    return "-".join(reversed(direction.split("-")))
 
 
 def count_sentences(prefix):

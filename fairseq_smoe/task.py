@@ -10,6 +10,7 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from fairseq_smoe.capacity_meter import CapacityMeter
 from fairseq_smoe.data_manager import DirectionDataManager, all_directions
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.task_files import LANGS_FILE
 
 
@@ -74,9 +75,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         meter.sentences += num_sentences
         if path:
             # rewritten after every batch: fairseq tells a task of no last one
-            with open(path + ".tmp", "w", encoding="utf-8") as handle:
-                json.dump({"direction": self.lang_pairs[0], **meter.summary()}, handle, indent=1)
-            os.replace(path + ".tmp", path)
+            facts = {"direction": self.lang_pairs[0], **meter.summary()}
+            write_whole(path, json.dumps(facts, indent=1))
 
 
 def complete_languages(args):

@@ -8,10 +8,10 @@ import numpy as np
 import sentencepiece as spm
 
 from fairseq_smoe.preparation.files import whole_file
-from fairseq_smoe.preparation.vocabulary import fairseq_ids
+from fairseq_smoe.preparation.vocabulary import FAIRSEQ_SPECIALS, fairseq_ids
 
 CHUNK_LINES = 50_000
-UNKNOWN = 3  # in every dictionary of fairseq
+UNKNOWN = FAIRSEQ_SPECIALS.index("<unk>")
 MAX_COUNTED_LENGTH = 512  # tokens; longer sentences are counted as this long
 
 # header of an .idx file: magic, version, code of the type of a token, number of sentences

@@ -8,7 +8,6 @@ comparable.
 import json
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -111,9 +110,8 @@ def clean_training_text(paths, targets, rules, held_out):
         ``{"kept" or name of a rule: {"lines": ..., "words": ...}}``; words are counted at white
         space and over both sides.
     """
-    verdicts, hashes, counts = [], [], {name: Counter() for name in ("kept", *RULES)}
     known = [np.load(path) for path in held_out]
-    words = []
+    verdicts, hashes, words = [], [], []
     for pairs in read_pairs(paths):
         verdict = np.array([rules.broken_by(*pair) for pair in pairs], dtype=np.uint8)
         keys = [[normalise(text or "") for text in side] for side in zip(*pairs)]
@@ -133,10 +131,10 @@ def clean_training_text(paths, targets, rules, held_out):
         repeated[firsts] = False
         verdict[candidates[repeated]] = RULES.index("duplicate")
     _write_kept(paths, targets, verdict == KEPT)
-    for code, name in enumerate((*RULES, "kept")):
-        hit = verdict == code
-        counts[name] = {"lines": int(hit.sum()), "words": int(words[hit].sum())}
-    return counts
+    return {
+        name: {"lines": int((verdict == code).sum()), "words": int(words[verdict == code].sum())}
+        for code, name in enumerate((*RULES, "kept"))
+    }
 
 
 def _write_kept(paths, targets, keep):

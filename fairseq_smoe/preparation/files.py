@@ -1,7 +1,6 @@
 """Files that exist complete or not at all."""
 
 import errno
-import fcntl
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +61,8 @@ def only_process_in(folder):
     Raises:
         OptionError: another process holds it.
     """
+    import fcntl  # not on Windows, where the rest of this module works
+
     with open(folder / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,6 +20,7 @@ from fairseq_smoe.preparation.pool import in_child, in_parallel
 from fairseq_smoe.preparation.report import write_report
 from fairseq_smoe.preparation.verify import state_of, verify_pair
 from fairseq_smoe.preparation.vocabulary import (
+    FAIRSEQ_SPECIALS,
     train_sentencepiece,
     write_dictionary,
     write_sample,
@@ -237,4 +238,4 @@ def _text_files(plan):
 
 def _dictionary_size(plan):
     with open(plan.dictionary, encoding="utf-8") as handle:
-        return sum(1 for _ in handle) + 4  # with the special tokens that fairseq adds
+        return sum(1 for _ in handle) + len(FAIRSEQ_SPECIALS)
