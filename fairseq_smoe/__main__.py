@@ -6,11 +6,17 @@ import sys
 
 from fairseq_smoe.errors import OneLineError
 
-# subcommand -> (module with add_arguments(parser) and run(args), what it does)
+# subcommand -> (module with add_arguments(parser) and run(args), what it does). Options that a module
+# does not know are an error, unless it has PASSES_ON_OPTIONS = True and reads them from args.more
 COMMANDS = {
     "path": ("fairseq_smoe.path", "print the folder to give to --user-dir"),
     "catalogues": ("fairseq_smoe.catalogues", "translation catalogues to parallel text"),
     "prepare": ("fairseq_smoe.prepare", "parallel text to a folder that fairseq-train reads"),
+    "train": ("fairseq_smoe.train", "train a row of one of the paper's tables"),
+    "evaluate": ("fairseq_smoe.evaluate", "translate and score all directions, loading the model once"),
+    "tabulate": ("fairseq_smoe.tabulate", "scores of several models beside the paper's"),
+    "analyse": ("fairseq_smoe.analyse", "requested capacity per direction, block and token type"),
+    "plot": ("fairseq_smoe.plot", "pictures of requested capacity, experts and training curves"),
     "compare": ("fairseq_smoe.compare", "scores and requested capacity of several models"),
     "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
 }
@@ -24,12 +30,16 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     modules = {}
     for name, (module, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text, description=text)
+        subparser = subparsers.add_parser(
+            name, help=text, description=text, allow_abbrev=False
+        )
         # import only what is asked for: some commands need fairseq or matplotlib
         if argv[:1] == [name]:
             modules[name] = importlib.import_module(module)
             modules[name].add_arguments(subparser)
-    args = parser.parse_args(argv)
+    args, args.more = parser.parse_known_args(argv)
+    if args.more and not getattr(modules[args.command], "PASSES_ON_OPTIONS", False):
+        parser.error(f"unrecognized arguments: {' '.join(args.more)}")
     try:
         modules[args.command].run(args)
     except OneLineError as error:

@@ -1,9 +1,16 @@
-"""The paper's benchmarks: languages, splits, vocabulary and temperature (``benchmarks/*.json``)."""
+"""The paper's benchmarks: data, training, and the rows and columns of its Tables 1-3.
+
+``benchmarks/m4.json``, ``m15.json`` and ``opus100.json`` hold everything, each training option with
+where it comes from.
+"""
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
+
+from fairseq_smoe.errors import OptionError
 
 NAMES = ("m4", "m15", "opus100")
 
@@ -20,15 +27,57 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """Every language of the list is translated from and to English."""
+class Row:
+    """A row of a table.
 
+    Attributes:
+        name: as in the paper.
+        options: those of fairseq-train that choose the model.
+        scores: ``{column: printed score}``
+        params: printed number of parameters, truncated by the paper to the digits shown; "" in
+            Table 3, which has none.
+        mflops: printed forward FLOPs per token in millions, or None.
+    """
+
+    name: str
+    options: str
+    scores: dict
+    params: str = ""
+    mflops: int | None = None
+
+    @property
+    def slug(self):
+        """The name for file names and command lines: ``"vanilla-moe"``."""
+        return _slug(self.name)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Every language of the list is translated from and to English.
+
+    Attributes:
+        splits: split of fairseq -> prefix of its text files.
+        metric: what the paper's table holds; see ``fairseq_smoe.scoring``.
+        size: layers of each side, model dim, hidden size of the FFNs, attention heads.
+        batch_tokens: target tokens of an update.
+        training: ``{option of fairseq-train: (value, where it comes from)}``
+        rows: of the paper's table, in its order.
+        scored_columns: names of the table's columns of scores, in its order.
+    """
+
+    name: str
     title: str
     source: str
     english: str
-    splits: dict  # split of fairseq -> prefix of its text files
+    splits: dict
     vocab_size: int
     temperature: float
+    metric: str
+    size: dict
+    batch_tokens: int
+    training: dict
+    rows: tuple
+    scored_columns: tuple
     languages: tuple
 
     def pairs(self, train_only=False):
@@ -39,20 +88,78 @@ class Benchmark:
             if train_only or not language.train_only
         ]
 
+    def directions(self, train_only=False):
+        """All directions; the half that stands first in the paper's table comes first."""
+        pairs = self.pairs(train_only)
+        reverse = ["-".join(reversed(pair.split("-"))) for pair in pairs]
+        out_of_english_first = self.scored_columns[0].startswith(f"{self.english}-")
+        return pairs + reverse if out_of_english_first else reverse + pairs
+
+    def columns(self):
+        """``{column of the table: the directions whose mean it holds}``
+
+        A column is a direction, a group such as ``eng-xxx_low``, or ``avg``.
+        """
+        return {column: self._directions_of(column) for column in self.scored_columns}
+
+    def _directions_of(self, column):
+        sides, _, group = column.partition("_")
+        source, _, target = sides.partition("-")
+        if column == "avg":
+            return self.directions()
+        if "xxx" not in (source, target):
+            return [column]
+        return [
+            sides.replace("xxx", language.code)
+            for language in self.languages
+            if not language.train_only and group in ("all", language.resource)
+        ]
+
     def flores_codes(self):
         """``{"eng": "eng_Latn", "nso": "nso_Latn", ...}``, empty where Flores is not used."""
         codes = {language.code: language.flores200 for language in self.languages}
         return {self.english: "eng_Latn", **codes} if all(codes.values()) else {}
 
+    def row(self, name):
+        """The :class:`Row` of a name, also in lower case with hyphens: ``"vanilla-moe"``.
+
+        Raises:
+            OptionError: the table has no such row.
+        """
+        for row in self.rows:
+            if row.slug == _slug(name):
+                return row
+        raise OptionError(
+            f"{name}: {self.title} has no such row; choose one of "
+            + ", ".join(row.slug for row in self.rows)
+        )
+
 
 def load(name):
-    """The :class:`Benchmark` of one of ``NAMES``."""
+    """The :class:`Benchmark` of one of ``NAMES``.
+
+    Raises:
+        OptionError: no such benchmark.
+    """
+    if name not in NAMES:
+        raise OptionError(f"{name}: no such benchmark; choose one of {', '.join(NAMES)}")
     folder = resources.files("fairseq_smoe") / "benchmarks"
     fields = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     languages = fields.pop("languages")
     if isinstance(languages, str):
         languages = _from_table((folder / languages).read_text(encoding="utf-8"))
-    return Benchmark(languages=tuple(Language(**entry) for entry in languages), **fields)
+    columns = fields.pop("columns")
+    rows = [
+        Row(scores=dict(zip(columns, entry.pop("scores"), strict=True)), **entry)
+        for entry in fields.pop("rows")
+    ]
+    return Benchmark(
+        name=name,
+        languages=tuple(Language(**entry) for entry in languages),
+        rows=tuple(rows),
+        scored_columns=tuple(columns),
+        **fields,
+    )
 
 
 def _from_table(text):
@@ -62,3 +169,7 @@ def _from_table(text):
             "resource": row["resource"],
             "train_only": row["test"] == "0",
         }
+
+
+def _slug(name):
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import torch
 
-from fairseq_smoe.paper_rows import TABLES
+from fairseq_smoe import benchmark as benchmarks
 from fairseq_smoe.strata import mean_requested_capacity
+from fairseq_smoe.training_command import model_options, vocab_size
 
 # The paper counts attention over a context whose length it does not give; this one brings the
 # dense models of both tables within 1% of the printed figures.
@@ -14,37 +15,40 @@ CONTEXT_LENGTH = 2430
 
 
 def add_arguments(parser):
-    parser.add_argument("table", choices=[*TABLES, "all"], nargs="?", default="all")
+    parser.add_argument("benchmark", choices=[*benchmarks.NAMES, "all"], nargs="?", default="all")
 
 
 def run(args):
-    for name, table in TABLES.items():
-        if args.table in (name, "all"):
-            print(render(name, table), end="\n\n")
+    for name in benchmarks.NAMES:
+        if args.benchmark in (name, "all"):
+            print(render(benchmarks.load(name)), end="\n\n")
 
 
-def render(name, table):
-    """A Markdown table: our figures beside the printed ones."""
+def render(benchmark):
+    """A Markdown table: our figures beside the printed ones, where there are any."""
     lines = [
-        f"| {name} | options | parameters | paper | MFLOPs/token | paper | relative to dense | paper |",
+        f"| {benchmark.title} | options | parameters | paper | MFLOPs/token | paper "
+        "| relative to dense | paper |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     dense = None
-    for row in table.rows:
-        params, flops = count_row(table, row)
+    for row in benchmark.rows:
+        params, flops = count_row(benchmark, row)
         dense = dense or flops
+        printed = relative = ""
+        if row.mflops:
+            printed, relative = row.mflops, f"{row.mflops / benchmark.rows[0].mflops:.3f}"
         lines.append(
-            f"| {row.method} | `{row.options}` | {params / 1e6:.1f}M | {row.params} "
-            f"| {flops / 1e6:.0f} | {row.mflops} | {flops / dense:.3f} "
-            f"| {row.mflops / table.rows[0].mflops:.3f} |"
+            f"| {row.name} | `{row.options}` | {params / 1e6:.1f}M | {row.params} "
+            f"| {flops / 1e6:.0f} | {printed} | {flops / dense:.3f} | {relative} |"
         )
     return "\n".join(lines)
 
 
-def count_row(table, row):
-    """``(parameters, forward FLOPs per token)`` of one row at the paper's size."""
+def count_row(benchmark, row, scale="paper"):
+    """``(parameters, forward FLOPs per token)`` of a row of a benchmark at a scale."""
     model, options = build_on_meta(
-        ["--arch", table.arch, *row.options.split()], table.vocab_size
+        model_options(benchmark, row, scale), vocab_size(benchmark, scale)
     )
     return count_parameters(model), flops_per_token(model, options)
 

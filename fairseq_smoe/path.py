@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+PLUGIN_FOLDER = Path(__file__).parent
+
 
 def add_arguments(parser):
     pass
 
 
 def run(args):
-    print(Path(__file__).parent)
+    print(PLUGIN_FOLDER)

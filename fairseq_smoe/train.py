@@ -1,0 +1,178 @@
+"""Train a row of one of the paper's tables: builds the fairseq-train command, prints and runs it.
+
+Every option that is not listed here goes to fairseq-train, and overrides what the benchmark says.
+The same command again goes on from the last checkpoint.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import write_whole
+from fairseq_smoe.runs import RUN_FILE, add_row_arguments, read_run, run_folder
+from fairseq_smoe.task_files import LANGS_FILE
+from fairseq_smoe.training_command import (
+    batch_tokens,
+    split_batch,
+    training_command,
+    vocab_size,
+)
+
+PASSES_ON_OPTIONS = True
+
+
+def add_arguments(parser):
+    parser.epilog = "All other options go to fairseq-train; they stand behind BENCHMARK ROW."
+    add_row_arguments(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder that prepare has made (default: data/BENCHMARK, or data/BENCHMARK-SCALE)",
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="instead of the folder in --runs")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="target tokens of an update, on all processes together (default: the paper's, 13000 "
+        "or 65000; the authors' run scripts for M4 and M15 reach up to 131072)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens that a process takes at a time at most, as its memory allows; the steps until "
+        "an update (--update-freq) follow from it (default: %(default)s)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU that is there")
+    parser.add_argument(
+        "--fp32", action="store_true", help="on a GPU: full precision; the default is --fp16"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command, and do not run it"
+    )
+
+
+def run(args):
+    benchmark = benchmarks.load(args.benchmark)
+    row = benchmark.row(args.row)
+    default_data = benchmark.name if args.scale == "paper" else f"{benchmark.name}-{args.scale}"
+    data = (args.data or Path("data") / default_data).absolute()
+    folder = args.run or run_folder(args.runs, benchmark, row, args.scale, args.seed)
+    folder = folder.absolute()
+    tokens = args.batch_tokens or batch_tokens(benchmark, args.scale)
+    more = _checked(args.more)
+    on_gpu, processes = _devices(args.cpu, more)
+    max_tokens, steps = split_batch(tokens, processes, args.max_tokens, _longest(benchmark, more))
+    more += ["--cpu"] if not on_gpu else [] if args.fp32 else ["--fp16"]
+    command = training_command(
+        benchmark, row, args.scale, data, folder, args.seed, max_tokens, steps, more
+    )
+    facts = {
+        "benchmark": benchmark.name,
+        "row": row.name,
+        "scale": args.scale,
+        "seed": args.seed,
+        "batch_tokens": tokens,
+        "data": str(data),
+        "command": command,
+    }
+    _check_same_run(folder, facts)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(shlex.join(command), flush=True)
+        print(
+            f"{benchmark.title}, {row.name}, scale {args.scale}: {processes} process(es) x "
+            f"{max_tokens} tokens x {steps} step(s) = {processes * max_tokens * steps} target "
+            f"tokens an update (wanted: {tokens})",
+            file=sys.stderr,
+        )
+    if args.dry_run:
+        return
+    _check_data(data, benchmark, args.scale)
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+    # in the place of this process: signals reach fairseq
+    program = Path(sys.executable).parent / command[0]
+    program = program if program.exists() else shutil.which(command[0])
+    sys.stdout.flush()
+    os.execv(program, command)
+
+
+def _checked(more):
+    """Options for fairseq-train, which must not change the size of the batch."""
+    for word in more:
+        if word.partition("=")[0] == "--update-freq":
+            raise OptionError(
+                "--update-freq: follows from --batch-tokens and --max-tokens; give these"
+            )
+    return more
+
+
+def _value(words, option, default):
+    """The last value of an option among words of a command line."""
+    value = default
+    for word, following in zip(words, [*words[1:], None]):
+        name, equals, attached = word.partition("=")
+        if name == option:
+            value = attached if equals else following
+    return value
+
+
+def _longest(benchmark, more):
+    """Tokens of the longest sentence that the training takes."""
+    return max(
+        int(_value(more, option, benchmark.training[option][0]))
+        for option in ("--max-source-positions", "--max-target-positions")
+    )
+
+
+def _devices(cpu, more):
+    """``(on a GPU?, processes that train together)``, as fairseq will decide it."""
+    import torch
+
+    gpus = 0 if cpu else torch.cuda.device_count()
+    if "WORLD_SIZE" in os.environ:  # under torchrun
+        return gpus > 0, int(os.environ["WORLD_SIZE"])
+    return gpus > 0, int(_value(more, "--distributed-world-size", max(gpus, 1)))
+
+
+def _check_same_run(folder, facts):
+    """A folder is for one training: going on with another model or batch would spoil it."""
+    if not folder.is_dir():
+        return
+    earlier = read_run(folder).facts
+    for name in ("benchmark", "row", "scale", "seed", "batch_tokens"):
+        if earlier and earlier.get(name) != facts[name]:
+            raise OptionError(
+                f"{folder}: was trained with {name} {earlier.get(name)}, not {facts[name]}; choose "
+                "another folder with --runs or --run"
+            )
+
+
+def _check_data(data, benchmark, scale):
+    """The folder exists, and holds a vocabulary of the size that the scale asks for."""
+    scaled = "" if scale == "paper" else f" --scale {scale}"
+    remedy = f"bash data-prep/{benchmark.name}.sh {data}{scaled}"
+    if not (data / LANGS_FILE).exists():
+        raise OptionError(f"--data {data}: holds no prepared text; make it with: {remedy}")
+    dictionary = data / f"dict.{benchmark.english}.txt"
+    if not dictionary.exists():
+        raise OptionError(f"{dictionary}: no such file; make the data again: {remedy}")
+    with open(dictionary, encoding="utf-8") as lines:
+        pieces = sum(1 for _ in lines)
+    expected = vocab_size(benchmark, scale)
+    if abs(pieces - expected) > expected // 10:
+        print(
+            f"warning: {dictionary} has {pieces} pieces, scale {scale} of {benchmark.title} "
+            f"{expected}: the model will differ in size; {remedy} makes data that fits",
+            file=sys.stderr,
+        )
