@@ -9,10 +9,13 @@ import json
 import re
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
 
 NAMES = ("m4", "m15", "opus100")
+
+_FOLDER = resources.files("fairseq_smoe") / "benchmarks"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Row:
     Attributes:
         name: as in the paper.
         options: those of fairseq-train that choose the model.
-        scores: ``{column: printed score}``
+        scores: ``{column: printed score}``; {} where the paper has none.
         params: printed number of parameters, truncated by the paper to the digits shown; "" in
             Table 3, which has none.
         mflops: printed forward FLOPs per token in millions, or None.
@@ -92,7 +95,7 @@ class Benchmark:
         """All directions; the half that stands first in the paper's table comes first."""
         pairs = self.pairs(train_only)
         reverse = ["-".join(reversed(pair.split("-"))) for pair in pairs]
-        out_of_english_first = self.scored_columns[0].startswith(f"{self.english}-")
+        out_of_english_first = self.scored_columns[0].startswith(("eng-", f"{self.english}-"))
         return pairs + reverse if out_of_english_first else reverse + pairs
 
     def columns(self):
@@ -109,6 +112,7 @@ class Benchmark:
             return self.directions()
         if "xxx" not in (source, target):
             return [column]
+        sides = re.sub(r"\beng\b", self.english, sides)  # the tables call it eng throughout
         return [
             sides.replace("xxx", language.code)
             for language in self.languages
@@ -136,29 +140,69 @@ class Benchmark:
 
 
 def load(name):
-    """The :class:`Benchmark` of one of ``NAMES``.
+    """The :class:`Benchmark` of one of ``NAMES``, or of a JSON file of the user's own.
+
+    A file like those in ``benchmarks/`` that may leave things out: with ``"like": "m4"`` it takes
+    them from there, but for the paper's figures.
 
     Raises:
-        OptionError: no such benchmark.
+        OptionError: no such benchmark, or the file cannot be used.
     """
-    if name not in NAMES:
-        raise OptionError(f"{name}: no such benchmark; choose one of {', '.join(NAMES)}")
-    folder = resources.files("fairseq_smoe") / "benchmarks"
-    fields = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    if name in NAMES:
+        return _build(name, _published(name))
+    path = Path(name)
+    if path.suffix != ".json":
+        raise OptionError(
+            f"{name}: no such benchmark; choose one of {', '.join(NAMES)}, or give a .json file "
+            "of your own"
+        )
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))
+        fields = {**_without_figures(_published(own.pop("like"))), **own} if "like" in own else own
+        return _build(path.stem, fields)
+    except FileNotFoundError as error:
+        raise OptionError(f"{name}: no such file") from error
+    except KeyError as error:
+        raise OptionError(
+            f"{name}: {error} is missing or unknown; see docs/reproduce.md"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise OptionError(f"{name}: {error}; see docs/reproduce.md") from error
+
+
+def reference(name):
+    """What finds a benchmark from everywhere: its name, or the absolute path of its file."""
+    return name if name in NAMES else str(Path(name).absolute())
+
+
+def _published(name):
+    text = (_FOLDER / f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _without_figures(fields):
+    rows = [{"name": row["name"], "options": row["options"]} for row in fields["rows"]]
+    return {**fields, "rows": rows, "columns": None}
+
+
+def _build(name, fields):
+    fields = dict(fields)
     languages = fields.pop("languages")
     if isinstance(languages, str):
-        languages = _from_table((folder / languages).read_text(encoding="utf-8"))
-    columns = fields.pop("columns")
-    rows = [
-        Row(scores=dict(zip(columns, entry.pop("scores"), strict=True)), **entry)
-        for entry in fields.pop("rows")
+        languages = _from_table((_FOLDER / languages).read_text(encoding="utf-8"))
+    languages = tuple(Language(**entry) for entry in languages)
+    english = fields["english"]
+    columns = fields.pop("columns", None) or [
+        *(f"{english}-{language.code}" for language in languages if not language.train_only),
+        *(f"{language.code}-{english}" for language in languages if not language.train_only),
+        "avg",
     ]
+    rows = tuple(
+        Row(scores=dict(zip(columns, entry.pop("scores", ()))), **entry)
+        for entry in fields.pop("rows")
+    )
     return Benchmark(
-        name=name,
-        languages=tuple(Language(**entry) for entry in languages),
-        rows=tuple(rows),
-        scored_columns=tuple(columns),
-        **fields,
+        name=name, languages=languages, rows=rows, scored_columns=tuple(columns), **fields
     )
 
 

@@ -51,7 +51,9 @@ def add_row_arguments(parser, optional=False):
         optional: whether they may be left out, for a run folder that is named otherwise.
     """
     nargs = "?" if optional else None
-    parser.add_argument("benchmark", nargs=nargs, help=", ".join(benchmarks.NAMES))
+    parser.add_argument(
+        "benchmark", nargs=nargs, help=f"{', '.join(benchmarks.NAMES)}, or a .json file like theirs"
+    )
     parser.add_argument(
         "row", nargs=nargs, help='as in the table, or like "vanilla-moe"; a wrong one lists all'
     )

@@ -76,7 +76,7 @@ def run(args):
         benchmark, row, args.scale, data, folder, args.seed, max_tokens, steps, more
     )
     facts = {
-        "benchmark": benchmark.name,
+        "benchmark": benchmarks.reference(args.benchmark),
         "row": row.name,
         "scale": args.scale,
         "seed": args.seed,
@@ -137,9 +137,11 @@ def _longest(benchmark, more):
 
 def _devices(cpu, more):
     """``(on a GPU?, processes that train together)``, as fairseq will decide it."""
-    import torch
+    gpus = 0
+    if not cpu:
+        import torch
 
-    gpus = 0 if cpu else torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
     if "WORLD_SIZE" in os.environ:  # under torchrun
         return gpus > 0, int(os.environ["WORLD_SIZE"])
     return gpus > 0, int(_value(more, "--distributed-world-size", max(gpus, 1)))

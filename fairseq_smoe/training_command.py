@@ -15,7 +15,12 @@ def model_options(benchmark, row, scale):
         row: one of its rows.
         scale: a name in ``SCALES``.
     """
-    options = ["--arch", benchmark.training["--arch"][0], "--moe-freq", benchmark.training["--moe-freq"][0]]
+    options = [
+        "--arch",
+        benchmark.training["--arch"][0],
+        "--moe-freq",
+        benchmark.training["--moe-freq"][0],
+    ]
     shrink = SCALES[scale]
     if scale != "paper":
         heads = str(benchmark.size["attention_heads"] // shrink.heads)

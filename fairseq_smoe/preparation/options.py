@@ -4,6 +4,7 @@ from fairseq_smoe import benchmark
 from fairseq_smoe.preparation.clean import Rules
 from fairseq_smoe.preparation.pool import available_cores
 from fairseq_smoe.preparation.sources import FLORES200_URL, M15_SOURCE, OPUS100_URL
+from fairseq_smoe.scale import SCALES
 
 # the options that determine the output of each step; it depends on those of all earlier steps, too
 STEP_OPTIONS = {
@@ -66,8 +67,15 @@ def add_arguments(parser):
 def _add_text(group):
     group.add_argument(
         "--benchmark",
-        choices=benchmark.NAMES,
-        help="one of the paper's: sets languages, splits, vocabulary, temperature and source",
+        help=f"one of the paper's, {', '.join(benchmark.NAMES)}, or a .json file like theirs: sets "
+        "languages, splits, vocabulary, temperature and source",
+    )
+    group.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="paper",
+        help="with --benchmark: the size of the vocabulary, as for training at this scale "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--from",

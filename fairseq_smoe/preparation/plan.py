@@ -8,6 +8,7 @@ from pathlib import Path
 from fairseq_smoe import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.clean import Rules
+from fairseq_smoe.training_command import vocab_size
 
 MOST_PIECES = 1_000_000
 DEFAULT_SPLITS = {"train": "train", "valid": "valid", "test": "test"}
@@ -116,6 +117,10 @@ def make_plan(args):
             "--benchmark: give m4, m15 or opus100, or the text and languages of your own with "
             "--from DIR --pairs en-de,en-nl"
         )
+    if benchmark and args.benchmark not in benchmarks.NAMES and not args.sources:
+        raise OptionError(f"--benchmark {args.benchmark}: give its text with --from")
+    if args.scale != "paper" and not benchmark:
+        raise OptionError(f"--scale {args.scale}: is for --benchmark; give --vocab-size instead")
     if args.recipe and (args.sources or args.benchmark not in ("m4", "m15")):
         raise OptionError(f"--recipe {args.recipe}: is for --benchmark m4 or m15 without --from")
     if args.pairs:
@@ -127,17 +132,18 @@ def make_plan(args):
     _check_numbers(args)
     return Plan(
         target=Path(args.to).resolve(),
+        benchmark=args.benchmark and benchmarks.reference(args.benchmark),
         sources=tuple(str(Path(source).absolute()) for source in args.sources or ()),
         recipe=args.recipe and str(Path(args.recipe).absolute()),
         pairs=tuple(pairs),
         splits=parse_splits(args.splits) if args.splits else splits,
         rules=Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)}),
-        vocab_size=args.vocab_size or (benchmark.vocab_size if benchmark else 32000),
+        vocab_size=args.vocab_size or (vocab_size(benchmark, args.scale) if benchmark else 32000),
         temperature=args.temperature or (benchmark.temperature if benchmark else 1),
         **{
             name: getattr(args, name)
             for name in (
-                *("benchmark", "skip_missing", "data_address", "flores_address"),
+                *("skip_missing", "data_address", "flores_address"),
                 *("connections", "character_coverage", "sample_lines", "seed"),
                 *("lines_per_shard", "workers"),
             )

@@ -198,7 +198,8 @@ def encode(plan):
 
 
 def binarise(plan):
-    """Join the chunks to the files that fairseq reads. Summary: counts of each text file."""
+    """Join the chunks to the files that fairseq reads, and put the text to validate and test on
+    beside them, which translations are scored against. Summary: counts of each text file."""
     cleaned, numbers = _summary(plan, "clean"), _summary(plan, "encode")
     jobs = []
     for name, number in numbers.items():
@@ -207,6 +208,8 @@ def binarise(plan):
         for shard in shards:
             shard.parent.mkdir(exist_ok=True)
         jobs.append((binary.chunk_files(plan.ids, name, number), shards))
+        if split != "train":
+            write_whole(plan.target / name, (plan.clean / name).read_text(encoding="utf-8"))
     counts = in_parallel(binary.binarise, jobs, plan.workers, "binarise", "file")
     _write_summary(plan, "binarise", dict(zip(numbers, counts)))
 
