@@ -1,0 +1,70 @@
+"""A table as cells of text in sections of columns, to be written in any format."""
+
+from dataclasses import dataclass, field
+
+MISSING = "—"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands in a cell.
+
+    Attributes:
+        emphasis: "", "best" or "second".
+        mark: "", "better" or "worse": significantly, than the baseline.
+    """
+
+    text: str
+    emphasis: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Neighbouring columns.
+
+    Attributes:
+        title: over the columns, may be "".
+        headers: of the columns.
+    """
+
+    title: str
+    headers: list
+
+
+@dataclass
+class Layout:
+    """A table.
+
+    Attributes:
+        title: one line.
+        caption: sentences, one a line.
+        stub: headers of the first columns, which name the rows.
+        sections: the other columns.
+        rows: lists of :class:`Text`, stub first; None separates groups of rows.
+        notes: lines to stand under the table.
+        warnings: the same, of what the reader should be wary of.
+    """
+
+    title: str
+    caption: list
+    stub: list
+    sections: list
+    rows: list
+    notes: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
+
+
+def number(value, emphasis="", mark="", spread=None, signed=False, digits=2):
+    """A :class:`Text` of a score; a missing one is a dash."""
+    if value is None:
+        return Text(MISSING)
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    if spread is not None:
+        text += f" ±{spread:.{digits}f}"
+    return Text(text, emphasis, mark)
+
+
+def millions(value):
+    """``148_700_000 -> "148.7M"``"""
+    return f"{value / 1e6:.1f}M"

@@ -1,0 +1,69 @@
+"""Markdown that reads well in a terminal too: aligned, and cut into parts where it is too wide."""
+
+WIDTH = 120  # characters
+EMPHASIS = {"": "", "best": "**", "second": "*"}  # Markdown cannot underline
+MARKS = {"": "", "better": "▲", "worse": "▼"}
+
+
+def render(layout):
+    lines = [f"**{layout.title}**", "", *layout.caption, ""]
+    first = len(layout.stub)
+    rows = [[_cell(text) for text in row] for row in layout.rows if row]
+    for title, headers, columns in _parts(layout, rows):
+        if title:
+            lines += [f"{title}:", ""]
+        cells = [row[:first] + [row[column] for column in columns] for row in rows]
+        lines += [*_aligned([*layout.stub, *headers], cells, first), ""]
+    lines += [f"* {note}" for note in layout.notes]
+    lines += [f"* **Warning:** {warning}" for warning in layout.warnings]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _parts(layout, rows):
+    """``(title, headers, columns)``: sections, and without a part of their own those that need no
+    title and still fit into the width."""
+
+    def width(column, header):
+        return max(len(header), *(len(row[column]) for row in rows)) + 3
+
+    left = sum(width(i, header) for i, header in enumerate(layout.stub))
+    parts, column, taken = [], len(layout.stub), 0
+    for section in layout.sections:
+        columns = list(range(column, column + len(section.headers)))
+        column += len(columns)
+        wide = sum(map(width, columns, section.headers))
+        if parts and not section.title and taken + wide < WIDTH:
+            parts[-1][1].extend(section.headers)
+            parts[-1][2].extend(columns)
+            taken += wide
+        else:
+            parts.append((section.title, list(section.headers), columns))
+            taken = left + wide
+    return parts
+
+
+def _cell(text):
+    sign = EMPHASIS[text.emphasis]
+    return f"{sign}{_escape(text.text)}{sign}{MARKS[text.mark]}"
+
+
+def _escape(text):
+    return text.replace("|", "\\|").replace("_", "\\_")
+
+
+def _aligned(header, rows, left):
+    """Lines of a Markdown table, the first ``left`` columns aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+
+    def line(cells):
+        aligned = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(aligned) + " |"
+
+    rule = [
+        f"{'-' * (width + 2)}" if i < left else f"{'-' * (width + 1)}:"
+        for i, width in enumerate(widths)
+    ]
+    return [line(header), f"|{'|'.join(rule)}|", *map(line, rows)]

@@ -1,0 +1,129 @@
+"""Scores of runs on any data: a column per direction, means, and requested capacity."""
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.significance import SIGNIFICANT
+from fairseq_smoe.tables import conditions
+from fairseq_smoe.tables.benchmark_table import emphasis_note, significance_note
+from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
+from fairseq_smoe.tables.layout import Layout, Section, Text, millions, number
+
+MEAN, MEAN_OF_ALL = "mean", "mean of all"
+
+
+def columns_of(evaluations):
+    """``{title of section: {column: directions}}`` of all that the runs translate.
+
+    A section for each side of English, the language of all directions, with the mean last; and the
+    mean over all. Without such a language there is one section.
+    """
+    directions = sorted({d for evaluation in evaluations for d in evaluation.directions})
+    english = hub_language(directions)
+    sides = {"Directions": directions}
+    if english:
+        sides = {
+            "Into English": [d for d in directions if d.split("-")[1] == english],
+            "Out of English": [d for d in directions if d.split("-")[0] == english],
+        }
+    sections = {}
+    for title, side in sides.items():
+        if side:
+            sections[title] = {direction: [direction] for direction in side}
+            if english and len(side) > 1:
+                sections[title][MEAN] = side
+    sections[""] = {MEAN_OF_ALL: directions}
+    return sections
+
+
+def hub_language(directions):
+    """English by its code, if all directions have it on one side; else None."""
+    for language in ("eng", "en", "eng_Latn"):
+        if all(language in direction.split("-") for direction in directions):
+            return language
+    return None
+
+
+def collect_lines(evaluations, metric, baseline=None, tests=None):
+    """The :class:`Line` of every run; its columns are named ``direction`` or ``title: mean``.
+
+    Raises:
+        OptionError: no run is named like the baseline.
+    """
+    names = unique_names(evaluations)
+    if baseline is not None and baseline not in names:
+        raise OptionError(f"--baseline {baseline}: is none of the runs {', '.join(names)}")
+    other = dict(zip(names, evaluations)).get(baseline)
+    lines = []
+    for name, evaluation in zip(names, evaluations):
+        cells = {}
+        for title, columns in columns_of(evaluations).items():
+            for column, directions in columns.items():
+                score = mean_or_none(evaluation.score(d, metric) for d in directions)
+                cell = Cell({} if score is None else {evaluation.seed: score})
+                theirs = other and mean_or_none(other.score(d, metric) for d in directions)
+                if tests and name != baseline and None not in (score, theirs):
+                    cell.p_value = tests.p_value([evaluation], [other], directions)
+                    cell.against = score - theirs
+                cells[column_name(title, column)] = cell
+        model = evaluation.scores.get("model")
+        size = (model["parameters"], model["flops_per_token"]) if model else None
+        lines.append(Line(name, cells, size, baseline=name == baseline))
+    return lines
+
+
+def column_name(title, column):
+    return f"{title}: {column}" if column == MEAN else column
+
+
+def unique_names(evaluations):
+    """The runs' names, or their paths where two have the same."""
+    names = [evaluation.name for evaluation in evaluations]
+    return [
+        name if names.count(name) == 1 else str(evaluation.run)
+        for name, evaluation in zip(names, evaluations)
+    ]
+
+
+def lay_out(lines, evaluations, subset, metric, baseline, tests):
+    """The :class:`Layout`."""
+    sections = columns_of(evaluations)
+    keys = [column_name(title, column) for title, columns in sections.items() for column in columns]
+    best = {key: best_two({line.name: line.cells[key].ours for line in lines}) for key in keys}
+    rows = []
+    for line, evaluation in zip(lines, evaluations):
+        row = [Text(f"{line.name} (baseline)" if line.baseline else line.name)]
+        for key in keys:
+            cell = line.cells[key]
+            row.append(number(cell.ours, best[key].get(line.name, ""), _mark(cell)))
+        row += [number(evaluation.requested_capacity(side)) for side in ("encoder", "decoder")]
+        size = line.size
+        row += (
+            [Text(millions(size[0])), Text(f"{size[1] / 1e6:.0f}")] if size else [number(None)] * 2
+        )
+        rows.append(row)
+    settings = conditions.settings_text(evaluations[0])
+    notes = [emphasis_note()] if len(lines) > 1 else []
+    notes.append("RC: requested capacity, mean over the directions")
+    if any(cell.p_value is not None for line in lines for cell in line.cells.values()):
+        notes.append(significance_note(baseline, several_seeds=False))
+    warnings = conditions.differences(evaluations, metric) + (tests.warnings if tests else [])
+    return Layout(
+        f"{metric} on {subset}",
+        [
+            f"After {conditions.updates_text(evaluations)}{f' ({settings})' if settings else ''}. "
+            f"Signature: {evaluations[0].signature(metric)}."
+        ],
+        ["run"],
+        [
+            *(Section(title, list(columns)) for title, columns in sections.items()),
+            Section("", ["RC encoder", "RC decoder", "#params", "MFLOPs"]),
+        ],
+        rows,
+        notes,
+        warnings,
+    )
+
+
+def _mark(cell):
+    if cell.p_value is None or cell.p_value >= SIGNIFICANT or not cell.against:
+        return ""
+    return "better" if cell.against > 0 else "worse"

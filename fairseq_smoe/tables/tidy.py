@@ -1,0 +1,51 @@
+"""The table as CSV, one score a line."""
+
+import csv
+import io
+
+from fairseq_smoe.significance import SIGNIFICANT
+from fairseq_smoe.tables.cells import DIGITS
+
+FIELDS = (
+    "benchmark scale subset metric row seed column ours paper difference p_value significant"
+).split()
+
+
+def render(lines, facts):
+    """Of every row and column one line per seed, and with several seeds one of their mean.
+
+    The p-value stands in the line of the mean where there is one; rows that were not run have
+    the paper's scores only.
+
+    Args:
+        lines: list of :class:`~fairseq_smoe.tables.cells.Line`.
+        facts: benchmark, scale, subset and metric.
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, FIELDS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        for column, cell in line.cells.items():
+            common = {**facts, "row": line.name, "column": column, "paper": _text(cell.paper)}
+            last = {"mean": cell.ours} if len(cell.seeds) != 1 else cell.seeds
+            for seed, score in cell.seeds.items() if len(cell.seeds) > 1 else ():
+                writer.writerow({**common, "seed": seed, **_ours(score, cell)})
+            for seed, score in last.items():
+                seed = "" if score is None or seed is None else seed
+                row = {**common, "seed": seed, **_ours(score, cell)}
+                if cell.p_value is not None:
+                    row["p_value"] = f"{cell.p_value:.4f}"
+                    row["significant"] = "yes" if cell.p_value < SIGNIFICANT else "no"
+                writer.writerow(row)
+    return out.getvalue()
+
+
+def _ours(score, cell):
+    if score is None:
+        return {}
+    difference = None if cell.paper is None else score - cell.paper
+    return {"ours": _text(score, 4), "difference": _text(difference, 4)}
+
+
+def _text(value, digits=DIGITS):
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,183 @@
+"""Tables of scores: a benchmark's rows beside the paper's, the paper's alone, or any runs."""
+
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import write_whole
+from fairseq_smoe.scale import SCALES
+from fairseq_smoe.scoring import METRICS, add_tokenizer_option
+from fairseq_smoe.tables import benchmark_table, latex, markdown, paper_table, run_table, tidy
+from fairseq_smoe.tables.evaluations import find_evaluations, read_evaluation
+from fairseq_smoe.tables.paired_tests import PairedTests
+
+FORMATS = {"markdown": "table.md", "latex": "table.tex", "csv": "table.csv"}
+DEFAULT_BASELINE = "Vanilla MoE"
+
+USAGE = """\
+tabulate m4 --scale small      our scores of the rows that were run, beside the paper's
+tabulate m4 --paper            the paper's table
+tabulate RUN RUN ...           scores of any runs, without the paper's
+"""
+
+
+def add_arguments(parser):
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description = f"{parser.description}.\n\n{USAGE}"
+    parser.add_argument(
+        "what",
+        nargs="+",
+        metavar="BENCHMARK|RUN",
+        help=f"{', '.join(benchmarks.NAMES)}, or folders of runs that are evaluated",
+    )
+    parser.add_argument("--paper", action="store_true", help="the paper's table alone")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where train keeps the runs of benchmarks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, default="paper", help="of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--subset", default="test", help="evaluated (default: %(default)s)")
+    parser.add_argument(
+        "--metric",
+        metavar="METRIC",
+        help=f"{', '.join(METRICS)} (default: that of the paper's table; bleu for RUN ...)",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="ROW",
+        help="row that the others are tested against; for RUN ... one of them "
+        f"(default: {DEFAULT_BASELINE}; for RUN ... none)",
+    )
+    parser.add_argument(
+        "--no-tests", action="store_true", help="no tests of significance, which take a while"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="only runs with these (default: all)"
+    )
+    add_tokenizer_option(parser)
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help=f"folder for {', '.join(FORMATS.values())}"
+    )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=list(FORMATS),
+        help="of the files in --to (default: all); Markdown is printed in any case",
+    )
+
+
+def run(args):
+    if args.metric is not None and args.metric not in METRICS:
+        raise OptionError(f"--metric {args.metric}: choose one of {', '.join(METRICS)}")
+    name = args.what[0]
+    if len(args.what) == 1 and name in benchmarks.NAMES:
+        make = _paper if args.paper else _benchmark
+        lines, layout, facts = make(benchmarks.load(name), args)
+    else:
+        for name in args.what:
+            if not Path(name).is_dir():
+                raise OptionError(
+                    f"{name}: neither a benchmark ({', '.join(benchmarks.NAMES)}) nor the folder "
+                    "of a run; give one benchmark, or run folders"
+                )
+        if args.paper:
+            raise OptionError(f"--paper: needs a benchmark, {', '.join(benchmarks.NAMES)}")
+        lines, layout, facts = _runs(args)
+    texts = {
+        "markdown": markdown.render(layout),
+        "latex": latex.render(layout),
+        "csv": tidy.render(lines, facts),
+    }
+    print(texts["markdown"], end="")
+    if args.to:
+        _write(args.to, {FORMATS[name]: texts[name] for name in args.format})
+
+
+def _paper(benchmark, args):
+    lines = paper_table.collect_lines(benchmark)
+    facts = {"benchmark": benchmark.name, "scale": "paper", "subset": "test"}
+    return lines, paper_table.lay_out(benchmark, lines), {**facts, "metric": benchmark.metric}
+
+
+def _benchmark(benchmark, args):
+    metric = args.metric or benchmark.metric
+    baseline = _baseline_row(benchmark, args.baseline or DEFAULT_BASELINE)
+    found, not_evaluated = find_evaluations(
+        args.runs, benchmark, args.scale, args.subset, args.seeds
+    )
+    evaluations = [e for row in benchmark.rows for e in found.get(row.name, [])]
+    _check_metric(evaluations, metric)
+    with _Tests(args, metric, evaluations if baseline in found and len(found) > 1 else []) as tests:
+        lines = benchmark_table.collect_lines(benchmark, found, metric, baseline, tests)
+    layout = benchmark_table.lay_out(
+        benchmark, lines, evaluations, args.scale, args.subset, metric, baseline, tests
+    )
+    layout.warnings += [
+        f"not evaluated on {args.subset}: {run}; python -m fairseq_smoe evaluate --run {run}"
+        for run in not_evaluated
+    ]
+    facts = {"benchmark": benchmark.name, "scale": args.scale, "subset": args.subset}
+    return lines, layout, {**facts, "metric": metric}
+
+
+def _baseline_row(benchmark, name):
+    try:
+        return benchmark.row(name).name
+    except OptionError as error:
+        raise OptionError(f"--baseline {error}") from None
+
+
+def _runs(args):
+    metric = args.metric or "bleu"
+    evaluations = [read_evaluation(run, args.subset) for run in args.what]
+    _check_metric(evaluations, metric)
+    with _Tests(args, metric, evaluations if args.baseline else []) as tests:
+        lines = run_table.collect_lines(evaluations, metric, args.baseline, tests)
+    layout = run_table.lay_out(lines, evaluations, args.subset, metric, args.baseline, tests)
+    return lines, layout, {"subset": args.subset, "metric": metric}
+
+
+def _check_metric(evaluations, metric):
+    for evaluation in evaluations:
+        for direction in evaluation.directions:
+            evaluation.score(direction, metric)
+
+
+class _Tests:
+    """The tests of a table, with a progress bar; None where there are none to make.
+
+    Args:
+        evaluations: all that will be read.
+    """
+
+    def __init__(self, args, metric, evaluations):
+        directions = sum(len(evaluation.directions) for evaluation in evaluations)
+        wanted = evaluations and not args.no_tests and metric != "comet"
+        self._bar = tqdm(total=directions, desc="tests", unit="direction", disable=not wanted)
+        self._tests = None
+        if wanted:
+            self._tests = PairedTests(metric, args.flores200_spm, self._bar.update)
+
+    def __enter__(self):
+        return self._tests
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+
+def _write(folder, files):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise OptionError(f"--to {folder}: {error.strerror}; choose another folder") from error
+    for name, text in files.items():
+        write_whole(folder / name, text)
