@@ -43,11 +43,14 @@ EXTRAS = {
         "mtdata>=0.5.1,<0.6",  # --recipe; its index and cache are used, which may change
         "matplotlib",  # pictures of the report
     ],
+    "plot": ["matplotlib"],
+    "comet": ["unbabel-comet>=2.2"],  # brings numpy 1.26
     "demo": [
         "polib",  # reads gettext catalogues
         "matplotlib",
     ],
     "test": [
+        "matplotlib",
         "pytest",
         "pytest-xdist",  # two test processes at a time
         "hypothesis",

@@ -66,6 +66,7 @@ class Benchmark:
         training: ``{option of fairseq-train: (value, where it comes from)}``
         rows: of the paper's table, in its order.
         scored_columns: names of the table's columns of scores, in its order.
+        table: which of the paper's it is; "" for one of the user's own.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Benchmark:
     rows: tuple
     scored_columns: tuple
     languages: tuple
+    table: str = ""
 
     def pairs(self, train_only=False):
         """``["eng-nso", ...]``; ``train_only`` adds the languages without test text."""
@@ -182,7 +184,7 @@ def _published(name):
 
 def _without_figures(fields):
     rows = [{"name": row["name"], "options": row["options"]} for row in fields["rows"]]
-    return {**fields, "rows": rows, "columns": None}
+    return {**fields, "rows": rows, "columns": None, "table": ""}
 
 
 def _build(name, fields):

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from fairseq_smoe.capacity_plot import plot_capacity
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.plots.capacity_directions import plot_capacity
 from fairseq_smoe.scores import read_generation, score
 
 COLUMNS = {"BLEU": "{:.1f}", "chrF": "{:.1f}", "RC enc": "{:.2f}", "RC dec": "{:.2f}"}

@@ -31,7 +31,8 @@ class DirectionDataset(ConcatDataset):
     """The datasets of several directions as one, whose batches know each sentence's direction.
 
     A batch gains ``direction``: (B,) int64, the entry of ``directions`` for the dataset a sentence
-    is from. ``id`` counts over all datasets.
+    is from, and ``position``: (B,) int64, its number in that dataset. ``id`` counts over all
+    datasets.
     """
 
     def __init__(self, datasets, directions):
@@ -48,6 +49,8 @@ class DirectionDataset(ConcatDataset):
         if batch:
             datasets = [bisect_right(self.cumulative_sizes, i) for i in batch["id"].tolist()]
             batch["direction"] = self.directions[datasets]
+            starts = torch.tensor([0, *self.cumulative_sizes])
+            batch["position"] = batch["id"] - starts[datasets]
         return batch
 
 

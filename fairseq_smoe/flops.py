@@ -1,4 +1,4 @@
-"""Parameters and forward FLOPs per token of every row of the paper's tables, from the real model."""
+"""Parameters and forward FLOPs per token of every row of the paper's tables, from real models."""
 
 import argparse
 from types import SimpleNamespace

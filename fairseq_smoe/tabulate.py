@@ -31,7 +31,8 @@ def add_arguments(parser):
         "what",
         nargs="+",
         metavar="BENCHMARK|RUN",
-        help=f"{', '.join(benchmarks.NAMES)}, or folders of runs that are evaluated",
+        help=f"{', '.join(benchmarks.NAMES)} or a .json file like theirs, or folders of runs that "
+        "are evaluated",
     )
     parser.add_argument("--paper", action="store_true", help="the paper's table alone")
     parser.add_argument(
@@ -79,7 +80,7 @@ def run(args):
     if args.metric is not None and args.metric not in METRICS:
         raise OptionError(f"--metric {args.metric}: choose one of {', '.join(METRICS)}")
     name = args.what[0]
-    if len(args.what) == 1 and name in benchmarks.NAMES:
+    if len(args.what) == 1 and (name in benchmarks.NAMES or name.endswith(".json")):
         make = _paper if args.paper else _benchmark
         lines, layout, facts = make(benchmarks.load(name), args)
     else:
@@ -103,6 +104,8 @@ def run(args):
 
 
 def _paper(benchmark, args):
+    if not benchmark.table:
+        raise OptionError(f"--paper: {benchmark.title} is not one of the paper's benchmarks")
     lines = paper_table.collect_lines(benchmark)
     facts = {"benchmark": benchmark.name, "scale": "paper", "subset": "test"}
     return lines, paper_table.lay_out(benchmark, lines), {**facts, "metric": benchmark.metric}

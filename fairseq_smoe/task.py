@@ -7,6 +7,7 @@ from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
+from fairseq_smoe import validation_bleu
 from fairseq_smoe.capacity_meter import CapacityMeter
 from fairseq_smoe.data_manager import DirectionDataManager, all_directions
 from fairseq_smoe.errors import OptionError
@@ -46,6 +47,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             help="at generation: keep the mean requested capacity of encoder and decoder, per "
             "expert layer, in FILE (JSON)",
         )
+        validation_bleu.add_arguments(parser)
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -58,6 +60,23 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             args, self.lang_pairs, langs, dicts, self.sampling_method
         )
         self.capacity_meter = None
+        self.validation_bleu = None
+        if training and getattr(args, "eval_bleu", False):
+            self.validation_bleu = validation_bleu.ValidationBLEU(
+                args, self.lang_pairs, self.target_dictionary, self.data_manager
+            )
+
+    def valid_step(self, sample, model, criterion):
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        if self.validation_bleu is not None:
+            statistics = self.validation_bleu.statistics(sample, model)
+            logging_output[validation_bleu.STATISTICS] = statistics
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        if self.validation_bleu is not None:
+            self.validation_bleu.log(logging_outputs)
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
         if self.args.target_lang is None:

@@ -66,8 +66,8 @@ def split_batch(tokens, processes, most, longest):
             fewer = f"use at most {fitting} processes or " if fitting else ""
             remedy = f"{fewer}give --batch-tokens {longest * processes}"
         raise OptionError(
-            f"--batch-tokens {tokens}: {processes} process(es) would take {min(share, most)} tokens "
-            f"at a time, too few for a sentence of {longest} "
+            f"--batch-tokens {tokens}: {processes} process(es) would take {min(share, most)} "
+            f"tokens at a time, too few for a sentence of {longest} "
             f"(--max-source-positions, --max-target-positions); {remedy}"
         )
     steps = -(-share // most)
@@ -99,7 +99,7 @@ def training_command(benchmark, row, scale, data, run, seed, max_tokens, update_
         *("--max-tokens", str(max_tokens), "--update-freq", str(update_freq)),
         *("--seed", str(seed)),
         *("--save-dir", str(run / "checkpoints"), "--log-file", str(run / "train.log")),
-        *("--keep-interval-updates", "1", "--no-epoch-checkpoints"),
+        *("--eval-bleu", "--keep-interval-updates", "1", "--no-epoch-checkpoints"),
         *("--log-format", "json", "--log-interval", "25"),
         *more,
     ]

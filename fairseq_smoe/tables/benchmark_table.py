@@ -5,8 +5,6 @@ from fairseq_smoe.tables import conditions
 from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
 from fairseq_smoe.tables.layout import MISSING, Layout, Section, Text, millions, number
 
-PAPER_TABLES = {"m4": 1, "m15": 2, "opus100": 3}
-
 
 def collect_lines(benchmark, found, metric, baseline=None, tests=None):
     """The :class:`Line` of every row, in the paper's order, run or not.
@@ -89,8 +87,8 @@ def lay_out(benchmark, lines, evaluations, scale, subset, metric, baseline, test
     caption = _caption(benchmark, evaluations, scale, subset, metric)
     notes, warnings = _notes(benchmark, lines, evaluations, metric, baseline, tests)
     return Layout(
-        f"{benchmark.title}, {metric}, scale {scale}, beside Table {PAPER_TABLES[benchmark.name]} "
-        "of the paper",
+        f"{benchmark.title}, {metric}, scale {scale}"
+        + (f", beside {benchmark.table} of the paper" if benchmark.table else ""),
         caption,
         ["row", ""],
         [*sections(benchmark), Section("", ["#params", "MFLOPs"])],
@@ -112,6 +110,8 @@ def _rows_of(line, columns, ours, paper):
         for column, cell in cells
     ]
     first += [Text(params), Text(flops)]
+    if not any(cell.paper for _, cell in cells):
+        return [first]  # a benchmark that is not the paper's
     second = [Text(""), Text("paper")]
     second += [number(cell.paper, paper[column].get(line.name, "")) for column, cell in cells]
     second += [Text(text or MISSING) for text in line.paper_size]
@@ -134,9 +134,13 @@ def _caption(benchmark, evaluations, scale, subset, metric):
     caption = [
         f"Scores on {subset} after {conditions.updates_text(evaluations)} at scale {scale}"
         f"{f' ({settings})' if settings else ''}. Signature: {first.signature(metric)}.",
-        "Numbers at another scale than the paper's, or with other text, are no reproduction of the "
-        "paper's.",
     ]
+    if not benchmark.table:
+        return caption
+    caption.append(
+        "Numbers at another scale than the paper's, or with other text, are no reproduction of the "
+        "paper's."
+    )
     if metric != benchmark.metric:
         caption.append(
             f"The paper's scores are {benchmark.metric}, ours {metric}: do not compare them."
@@ -152,7 +156,9 @@ def _caption(benchmark, evaluations, scale, subset, metric):
 def _notes(benchmark, lines, evaluations, metric, baseline, tests):
     tested = any(cell.p_value is not None for line in lines for cell in line.cells.values())
     seeds = sorted({evaluation.seed for evaluation in evaluations})
-    notes = [emphasis_note("ours and the paper's apart"), "difference: ours minus the paper's"]
+    notes = [emphasis_note()]
+    if benchmark.table:
+        notes = [emphasis_note("ours and the paper's apart"), "difference: ours minus the paper's"]
     if any(not line.competes for line in lines):
         notes.append("the row with more experts than the others does not compete for best")
     if tested:

@@ -1,7 +1,6 @@
 """The paper's own table, its means recomputed from the other columns."""
 
 from fairseq_smoe.tables.benchmark_table import (
-    PAPER_TABLES,
     competes,
     emphasis_note,
     sections,
@@ -81,7 +80,7 @@ def lay_out(benchmark, lines):
     if not all(line.competes for line in lines):
         notes.append("the row with more experts than the others does not compete for best")
     return Layout(
-        f"Table {PAPER_TABLES[benchmark.name]} of the paper: {benchmark.title}",
+        f"{benchmark.table} of the paper: {benchmark.title}",
         [f"As printed in arXiv 2305.02176: {METRICS[benchmark.metric]}."],
         ["row"],
         [*sections(benchmark), *([Section("", ["#params", "MFLOPs"])] if sizes else [])],

@@ -1,0 +1,100 @@
+"""What the experts of a trained model do, per direction, block, expert, stratum and token type.
+
+Goes over a data set in teacher-forced passes and writes CSV files into RUN/analysis/SUBSET/. A
+token of the encoder is one of the source, with its language token and end of sentence; a token of
+the decoder is the input at a position, i.e. the target shifted by one. Padding does not count.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.runs import add_row_arguments, find_run, read_run
+
+TRAINING_SAMPLE = 2000
+
+
+def add_arguments(parser):
+    parser.description = __doc__
+    add_row_arguments(parser, optional=True)
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="a run folder, instead of BENCHMARK ROW"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="default: RUN/checkpoints/checkpoint_best.pt",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="data folder (default: that of the training)"
+    )
+    parser.add_argument(
+        "--subset", default="valid", help="train, valid, test, ... (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--directions", metavar="A-B,...", help="some directions only (default: all)"
+    )
+    parser.add_argument(
+        "--max-sentences",
+        type=int,
+        metavar="N",
+        help="as many sentences of each direction, drawn at random; 0 for all (default: "
+        f"{TRAINING_SAMPLE} of the training set, all of other sets)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="of a batch; the results do not depend on it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--types",
+        type=int,
+        default=25,
+        metavar="N",
+        help="token types of highest, and of lowest, requested capacity to list per block and "
+        "direction (default: %(default)s, as in the paper's Figure 3)",
+    )
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=5,
+        metavar="N",
+        help="occurrences in the data set that a type needs to be listed (default: %(default)s)",
+    )
+
+
+def run(args):
+    # fairseq tells of every file that it opens, hundreds for many directions
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+    from fairseq_smoe.analysis.analysis import analyse
+
+    for option in ("max_sentences", "max_tokens", "types", "min_count"):
+        value = getattr(args, option)
+        least = 0 if option in ("max_sentences", "types") else 1
+        if value is not None and value < least:
+            raise OptionError(f"--{option.replace('_', '-')} {value}: expected {least} or more")
+    if args.run is not None and args.benchmark is not None:
+        raise OptionError(f"--run {args.run}: give either a run or BENCHMARK ROW, not both")
+    if args.run is None and args.row is None:
+        raise OptionError("BENCHMARK ROW: missing; name the model, or give its folder as --run DIR")
+    found = read_run(args.run) if args.run is not None else find_run(args)
+    max_sentences = args.max_sentences
+    if max_sentences is None:
+        max_sentences = TRAINING_SAMPLE if args.subset == "train" else 0
+    analyse(
+        found,
+        checkpoint=args.checkpoint or found.checkpoints / "checkpoint_best.pt",
+        data=args.data,
+        subset=args.subset,
+        directions=args.directions and args.directions.split(","),
+        max_sentences=max_sentences,
+        max_tokens=args.max_tokens,
+        num_types=args.types,
+        min_count=args.min_count,
+    )

@@ -1,0 +1,142 @@
+"""``python -m fairseq_smoe analyse``: all directions of a data set, one after the other."""
+
+import json
+import sys
+from pathlib import Path
+
+from fairseq.data.multilingual.multilingual_utils import get_lang_tok
+from tqdm import tqdm
+
+from fairseq_smoe.analysis.collector import RoutingCollector
+from fairseq_smoe.analysis.frequency import TrainingFrequencies
+from fairseq_smoe.analysis.passes import (
+    batches,
+    direction_datasets,
+    load_model,
+    run_pass,
+    seed_of,
+)
+from fairseq_smoe.analysis.tables import COLUMNS, routing_rows, type_rows, write_table
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.files import write_whole
+
+
+def analyse(
+    run,
+    checkpoint,
+    data=None,
+    subset="valid",
+    directions=None,
+    max_sentences=0,
+    max_tokens=4096,
+    num_types=25,
+    min_count=5,
+):
+    """Write ``capacity.csv``, ``experts.csv``, ``strata.csv`` and ``types.csv`` of a model.
+
+    Every direction is kept in ``parts/`` when it is done, and not done again for the same
+    checkpoint, data and settings.
+
+    Args:
+        run: the :class:`~fairseq_smoe.runs.Run`.
+        checkpoint, data, subset, max_tokens: see ``analyse --help``.
+        directions: list, or None for all.
+        max_sentences: per direction, 0 for all.
+        num_types: at each end of ``types.csv``.
+        min_count: of a type there.
+
+    Raises:
+        OptionError: something named is not there.
+    """
+    checkpoint = Path(checkpoint)
+    model, task, updates = load_model(checkpoint, data)
+    dictionary = task.source_dictionary
+    collector = RoutingCollector(model, len(dictionary))
+    if not collector.blocks:
+        print(f"{checkpoint}: a dense model without experts; there is nothing to analyse")
+        return
+    datasets = direction_datasets(task, subset)
+    chosen = _choose(directions, datasets, subset)
+    folder = run.folder / "analysis" / subset
+    parts = folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    status = checkpoint.stat()
+    made_from = {
+        "checkpoint": {
+            "file": str(checkpoint.resolve()),
+            "size": status.st_size,
+            "mtime": status.st_mtime_ns,
+            "num_updates": updates,
+        },
+        "data": str(Path(task.args.data).resolve()),
+        "max_sentences": max_sentences,
+        "types": num_types,
+        "min_count": min_count,
+    }
+    frequencies = TrainingFrequencies(
+        task.args.data, run.folder / "analysis" / "training-frequency", dictionary
+    )
+    leave_out = no_text(dictionary, task.data_manager)
+    remaining = [d for d in chosen if _read_part(parts / f"{d}.json", made_from) is None]
+    plans = {
+        d: batches(datasets[d], task.max_positions(), max_tokens, max_sentences, seed_of(d))
+        for d in remaining
+    }
+    total = sum(len(batch) for plan in plans.values() for batch in plan)
+    with collector, tqdm(total=total, unit="sentence", disable=not total) as progress:
+        for direction, plan in plans.items():
+            progress.set_description(direction)
+            run_pass(model, datasets[direction], plan, progress)
+            blocks = collector.take()
+            tables = routing_rows(direction, blocks)
+            tables["types"] = type_rows(
+                direction, blocks, dictionary, frequencies, leave_out, num_types, min_count
+            )
+            part = {"made_from": made_from, "tables": tables}
+            write_whole(parts / f"{direction}.json", json.dumps(part))
+    write_tables(folder, parts, datasets, made_from)
+
+
+def write_tables(folder, parts, directions, made_from):
+    """Join the parts of all directions that belong together; report what each side asks for."""
+    found = {d: _read_part(parts / f"{d}.json", made_from) for d in directions}
+    found = {d: tables for d, tables in found.items() if tables is not None}
+    for name, columns in COLUMNS.items():
+        rows = [row for tables in found.values() for row in tables[name]]
+        write_table(folder / f"{name}.csv", columns, rows)
+    left = len(directions) - len(found)
+    print(f"{folder}: capacity.csv, experts.csv, strata.csv, types.csv of {len(found)} directions")
+    if left:
+        print(f"{left} directions are still to do: the same command without --directions")
+
+
+def no_text(dictionary, data_manager):
+    """Vocabulary ids that stand for no text: fairseq's own four, and the languages' tokens."""
+    style = data_manager.args.lang_tok_style
+    tokens = {get_lang_tok(lang, style) for lang in data_manager.langs}
+    ids = {dictionary.index(token) for token in tokens if token in dictionary}
+    return sorted({*range(dictionary.nspecial), *ids})
+
+
+def _choose(directions, datasets, subset):
+    if directions is None:
+        return list(datasets)
+    for direction in directions:
+        if direction not in datasets:
+            raise OptionError(
+                f"--directions {direction}: no {subset} sentences of it; choose among "
+                + ", ".join(datasets)
+            )
+    return directions
+
+
+def _read_part(path, made_from):
+    """Tables of a direction that is done, or None."""
+    if not path.exists():
+        return None
+    try:
+        part = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        print(f"{path}: is no JSON; this direction is done again", file=sys.stderr)
+        return None
+    return part["tables"] if part["made_from"] == made_from else None

@@ -1,0 +1,140 @@
+"""Counts the routing of everything that passes through a model, in forward hooks."""
+
+import torch
+
+from fairseq_smoe.analysis.counts import BlockCounts
+from fairseq_smoe.layers import expert_layers
+
+SIDES = ("encoder", "decoder")
+FLUSH_AT = 1 << 16  # tokens of a block that wait to be counted together: a few MB
+
+
+class RoutingCollector:
+    """Hooks on the expert layers of a model that count requested capacity and choices of experts.
+
+    A token is what the embedding has looked up: in the encoder the source with its language token
+    and end of sentence, in the decoder the *input* at a position (``prev_output_tokens``), which
+    begins with end of sentence; in beam search every beam's last token at every step. The
+    embedding sees only new tokens in incremental decoding, and is shared by both sides or not;
+    either way a block works on the tokens that were embedded last.
+
+    Nothing is counted before :data:`FLUSH_AT` tokens have come together, so that a step of beam
+    search costs a few appends to lists, and a GPU never waits.
+
+    Use it as a context manager, or call :meth:`remove`, to take the hooks off again.
+    """
+
+    def __init__(self, model, num_types):
+        """
+        Args:
+            model: an ``SMoETransformer``, in evaluation mode when it runs.
+            num_types: V, the size of the vocabulary.
+        """
+        self._embedded = None
+        self.blocks = []
+        self._handles = []
+        numbers = dict.fromkeys(SIDES, 0)
+        for name, layer in expert_layers(model):
+            path = name.split(".")
+            side = next(side for side in SIDES if side in path)
+            numbers[side] += 1
+            block = _BlockCollector(layer, side, numbers[side], int(path[-1]) + 1, num_types)
+            self.blocks.append(block)
+            self._handles.append(layer.register_forward_hook(self._counting_in(block)))
+        embeddings = {getattr(model, side).embed_tokens for side in SIDES}
+        self._handles += [e.register_forward_hook(self._remember) for e in embeddings]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.remove()
+
+    def remove(self):
+        """Take the hooks off the model; what was counted stays."""
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self):
+        """One :class:`BlockCounts` per expert block, encoder first, and begin again at zero."""
+        return [block.take() for block in self.blocks]
+
+    def _remember(self, module, inputs, output):
+        # a copy: beam search goes on to reorder the tensor of its hypotheses in place
+        self._embedded = inputs[0].clone()
+
+    def _counting_in(self, block):
+        def count(layer, *_):
+            block.add(self._embedded, layer.routing_stats)
+
+        return count
+
+
+class _BlockCollector:
+    """Statistics of one block that wait to be counted, and the counts so far."""
+
+    def __init__(self, layer, side, block, layer_number, num_types):
+        expert_block = getattr(layer.expert_block, "block", layer.expert_block)  # inside of CMR
+        self.name = dict(side=side, block=block, layer=layer_number, strata=expert_block.strata)
+        self.first_experts = [experts.start for experts in expert_block.visible]
+        self.num_types = num_types
+        self._reset()
+
+    def _reset(self):
+        num_strata, num_experts = len(self.name["strata"]), sum(self.name["strata"])
+        self._forget_waiting()
+        self._types_VP = torch.zeros(self.num_types, num_strata + 1, dtype=torch.long)
+        self._choices_KE = torch.zeros(2, num_experts, dtype=torch.long)  # first and second
+        self._visits = [0] * num_strata
+
+    def _forget_waiting(self):
+        self._waiting = 0
+        self._tokens, self._passes = [], []
+        self._choices = [[] for _ in self.first_experts]
+
+    def add(self, tokens, stats):
+        """Take note of a forward pass: (B, S) tokens and their ``BlockStats``."""
+        if tokens.shape != stats.passes.shape:
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} were embedded, but the block worked on "
+                f"{tuple(stats.passes.shape)}"
+            )
+        self._tokens.append(tokens.reshape(-1))
+        self._passes.append(stats.passes.reshape(-1))
+        for i, gate in enumerate(stats.gates):
+            self._choices[i].append(gate.experts_KT)
+            self._visits[i] += gate.experts_KT.shape[1]
+        self._waiting += tokens.numel()
+        if self._waiting >= FLUSH_AT:
+            self._flush()
+
+    def _flush(self):
+        if not self._waiting:
+            return
+        tokens_T, passes_T = torch.cat(self._tokens), torch.cat(self._passes)
+        num_passes = self._types_VP.shape[1]
+        self._types_VP += _histogram(tokens_T * num_passes + passes_T, self._types_VP.shape)
+        for first_expert, waiting in zip(self.first_experts, self._choices):
+            # gates count from the first expert that they see
+            experts_KT = torch.cat(waiting, dim=1) + first_expert
+            for k, experts_T in enumerate(experts_KT):
+                self._choices_KE[k] += _histogram(experts_T, self._choices_KE[k].shape)
+        self._forget_waiting()
+
+    def take(self):
+        self._flush()
+        self._types_VP[:, 0] = 0  # padding makes no pass
+        counts = BlockCounts(
+            **self.name,
+            types_VP=self._types_VP.numpy(),
+            first_E=self._choices_KE[0].numpy(),
+            choices_E=self._choices_KE.sum(dim=0).numpy(),
+            visits_L=torch.tensor(self._visits).numpy(),
+        )
+        self._reset()
+        return counts
+
+
+def _histogram(values, shape):
+    """How often each of 0 .. prod(shape) - 1 occurs, on the CPU, in that shape."""
+    return torch.bincount(values, minlength=shape.numel()).cpu().view(shape)

@@ -1,0 +1,104 @@
+"""Teacher-forced passes of a model over the directions of a data set."""
+
+import logging
+import zlib
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.data import data_utils
+
+import fairseq_smoe
+from fairseq_smoe.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(checkpoint, data=None):
+    """A trained model with its task, ready to run on the GPU if there is one.
+
+    Args:
+        checkpoint: a file of fairseq-train.
+        data: data folder, instead of that of the training.
+
+    Returns:
+        ``(model, task, number of updates)``
+
+    Raises:
+        OptionError: the checkpoint or the data folder is missing.
+    """
+    fairseq_smoe.register()
+    if not checkpoint.is_file():
+        raise OptionError(
+            f"--checkpoint {checkpoint}: no such file; name one of the training, such as "
+            "checkpoint_last.pt"
+        )
+    overrides = {"source_lang": None, "target_lang": None}
+    if data is not None:
+        overrides["data"] = str(data)
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), overrides)
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides=overrides, state=state
+    )
+    history = state.get("optimizer_history") or [{}]
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return model.eval(), task, history[-1].get("num_updates")
+
+
+def direction_datasets(task, subset):
+    """``{direction: its dataset}``, with language tokens, in the order of --lang-pairs.
+
+    Of training files in several shards the first shard is taken.
+
+    Raises:
+        OptionError: there are no files of that subset.
+    """
+    manager = task.data_manager
+    datasets, params = manager.load_split_datasets(subset, training=False)
+    return {f"{p['src']}-{p['tgt']}": dataset for p, (_, dataset) in zip(params, datasets)}
+
+
+def batches(dataset, max_positions, max_tokens, max_sentences=0, seed=1):
+    """Batches of sentences of similar length.
+
+    Args:
+        max_positions: longer sentences, (source, target), are left out.
+        max_tokens: per batch.
+        max_sentences: take this many of the sentences, drawn without replacement; 0 for all.
+        seed: of the draw.
+
+    Returns:
+        list of index arrays.
+    """
+    with data_utils.numpy_seed(seed):  # sentences of one length come in a random order
+        indices = dataset.ordered_indices()
+    indices, too_long = dataset.filter_indices_by_size(indices, max_positions)
+    if len(too_long):
+        logger.warning(f"left out {len(too_long)} sentences longer than {max_positions} tokens")
+    if 0 < max_sentences < len(indices):
+        drawn = np.random.default_rng(seed).choice(len(indices), max_sentences, replace=False)
+        indices = indices[np.sort(drawn)]  # still by length
+    return list(dataset.batch_by_size(indices, max_tokens=max_tokens))
+
+
+def seed_of(direction):
+    """Makes draws of directions independent of each other, and the same in every process."""
+    return zlib.crc32(direction.encode())
+
+
+@torch.no_grad()
+def run_pass(model, dataset, batches, progress=None):
+    """Send batches through encoder and decoder; hooks on the model see them."""
+    device = next(model.parameters()).device
+    for indices in batches:
+        sample = dataset.collater([dataset[i] for i in indices])
+        if device.type == "cuda":
+            sample = utils.move_to_cuda(sample)
+        inputs = {
+            name: sample["net_input"][name]
+            for name in ("src_tokens", "src_lengths", "prev_output_tokens")
+        }
+        model(**inputs, features_only=True)  # nobody needs the distribution over the vocabulary
+        if progress is not None:
+            progress.update(len(indices))

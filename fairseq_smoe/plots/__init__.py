@@ -1,0 +1,1 @@
+"""Pictures of requested capacity, experts and training curves; one module for each."""

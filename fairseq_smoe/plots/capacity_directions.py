@@ -1,0 +1,92 @@
+"""Mean requested capacity per direction, encoder and decoder apart (paper, Figure 2)."""
+
+from pathlib import Path
+
+from fairseq_smoe.plots.style import (
+    SIDES,
+    Band,
+    bare,
+    label_directions,
+    plt,
+    save,
+    width_of,
+)
+
+GAP = 0.15  # between the two sides of a direction, in units of the distance of directions
+ROOM_FOR_NUMBERS = 16  # directions side by side
+
+
+def side_means(rows):
+    """Means over the blocks of each side.
+
+    Args:
+        rows: of the table ``capacity``.
+
+    Returns:
+        ``{direction: {"encoder": passes, "decoder": passes}}``; a side without blocks is left out.
+    """
+    sums = {}
+    for row in rows:
+        mean = sums.setdefault(row["direction"], {}).setdefault(row["side"], [0.0, 0])
+        mean[0] += row["requested_capacity"] * row["tokens"]
+        mean[1] += row["tokens"]
+    return {
+        direction: {side: total / max(tokens, 1) for side, (total, tokens) in sides.items()}
+        for direction, sides in sums.items()
+    }
+
+
+def plot_capacity(capacities, title, path, bands=None):
+    """Draw requested capacity as stems that start at one pass, the least a token can take.
+
+    Args:
+        capacities: ``{direction: {"encoder": passes, "decoder": passes}}``
+        title: above the plot.
+        path: the picture to write; its ending chooses the format.
+        bands: of :func:`~fairseq_smoe.plots.style.arrange`; None for all in a row, as given.
+    """
+    if bands is None:
+        names = [direction.replace("-", " → ") for direction in capacities]
+        bands = [Band("", list(capacities), names, [])]
+    crowded = max(len(band.directions) for band in bands) > ROOM_FOR_NUMBERS
+    figure, all_axes = plt.subplots(
+        len(bands),
+        1,
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+        figsize=(width_of(bands, 5.5, 0.34 if crowded else 0.95), 1.2 + 3.2 * len(bands)),
+    )
+    highest = max(sides.get(side, 1) for sides in capacities.values() for side in SIDES)
+    for axes, band in zip(all_axes[:, 0], bands):
+        for shift, side in zip((-GAP, GAP), SIDES):
+            _draw_side(axes, band, capacities, side, shift, numbers=not crowded)
+        axes.set_ylim(1, 1 + 1.18 * max(highest - 1, 0.1))
+        label_directions(axes, band)
+        axes.set_ylabel(f"{band.title}\nmean passes per token".strip())
+        bare(axes)
+    first = all_axes[0, 0]
+    first.set_title(title, loc="left", pad=30)
+    first.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1.04), borderpad=0)
+    save(figure, Path(path))
+
+
+def _draw_side(axes, band, capacities, side, shift, numbers):
+    colour, marker = SIDES[side]
+    values = [capacities[direction].get(side) for direction in band.directions]
+    points = [(i + shift, value) for i, value in enumerate(values) if value is not None]
+    if not points:
+        return
+    places, passes = zip(*points)
+    axes.vlines(places, 1, passes, colors=colour, linewidth=2, alpha=0.45)
+    axes.plot(places, passes, marker, color=colour, markersize=8 if numbers else 6, label=side)
+    for place, value in points if numbers else ():
+        axes.annotate(
+            f"{value:.2f}",
+            (place, value),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=colour,
+        )

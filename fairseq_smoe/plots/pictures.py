@@ -1,0 +1,120 @@
+"""``python -m fairseq_smoe plot``: every picture that a run has the numbers for."""
+
+from fairseq_smoe.analysis.tables import read_table, write_table
+from fairseq_smoe.plots.capacity_directions import plot_capacity, side_means
+from fairseq_smoe.plots.capacity_layers import layer_means, plot_layers
+from fairseq_smoe.plots.curves import COLUMNS, curve_rows, plot_curves
+from fairseq_smoe.plots.experts import language_shares, plot_experts, plot_strata
+from fairseq_smoe.plots.frequency_ranks import plot_ranks
+from fairseq_smoe.plots.style import SIDES, arrange
+from fairseq_smoe.plots.train_log import curves
+
+
+def draw_run(run, subset, target):
+    """All pictures of a run's analysis.
+
+    Args:
+        run: a :class:`~fairseq_smoe.runs.Run`.
+        subset: whose analysis.
+        target: folder to write to.
+
+    Returns:
+        the pictures written.
+    """
+    source = run.folder / "analysis" / subset
+    name = run.row.name if run.row else run.name
+    heading = f"{name}, {subset}"
+    written = []
+    if (source / "capacity.csv").exists():
+        rows = read_table(source / "capacity.csv")
+        if rows:
+            target.mkdir(parents=True, exist_ok=True)
+            written += _draw_capacity(run, rows, heading, target)
+    drawers = {"types": _draw_types, "experts": _draw_experts, "strata": _draw_strata}
+    for table, draw in drawers.items():
+        path = source / f"{table}.csv"
+        rows = read_table(path) if path.exists() else []
+        for side in SIDES:
+            own = [row for row in rows if row["side"] == side]
+            if own:
+                target.mkdir(parents=True, exist_ok=True)
+                written.append(draw(run, own, side, heading, target, path))
+    return written
+
+
+def draw_curves(runs, target):
+    """The training curves of all runs, if any has a log with records.
+
+    Args:
+        runs: ``{name: Run}``
+    """
+    found = {}
+    for name, run in runs.items():
+        log = run.folder / "train.log"
+        if log.exists() and (quantities := curves(log)):
+            found[name] = quantities
+    if not found:
+        return []
+    target.mkdir(parents=True, exist_ok=True)
+    write_table(target / "curves.csv", COLUMNS, curve_rows(found))
+    plot_curves(found, target / "curves.png")
+    return [target / "curves.png"]
+
+
+def _draw_capacity(run, rows, heading, target):
+    means = side_means(rows)
+    path = target / "capacity-directions.png"
+    bands = arrange(means, run.benchmark)
+    plot_capacity(means, f"Requested capacity of {heading}", path, bands)
+    ordered = [direction for band in bands for direction in band.directions]
+    write_table(
+        path.with_suffix(".csv"),
+        ("direction", "encoder", "decoder"),
+        [(d, *(_rounded(means[d].get(side)) for side in SIDES)) for d in ordered],
+    )
+    layers = target / "capacity-layers.png"
+    plot_layers(layer_means(rows), f"Requested capacity of {heading}, per layer", layers)
+    write_table(
+        layers.with_suffix(".csv"),
+        ("side", "block", "layer", "requested_capacity", "tokens"),
+        layer_means(rows),
+    )
+    return [path, layers]
+
+
+def _draw_types(run, rows, side, heading, target, table):
+    path = target / f"frequency-ranks-{side}.png"
+    bands = arrange(dict.fromkeys(row["direction"] for row in rows), run.benchmark)
+    plot_ranks(rows, bands, f"{heading}, {side}: how frequent are the types", path)
+    _keep_rows(table, rows, path)
+    return path
+
+
+def _draw_experts(run, rows, side, heading, target, table):
+    path = target / f"experts-{side}.png"
+    shares = language_shares(rows, side)
+    which = {"encoder": "source", "decoder": "target"}[side]
+    plot_experts(shares, f"{heading}, {side}: experts per {which} language", path, run.benchmark)
+    write_table(
+        path.with_suffix(".csv"),
+        ("language", "block", "expert", "stratum", "first_choices", "share"),
+        shares,
+    )
+    return path
+
+
+def _draw_strata(run, rows, side, heading, target, table):
+    path = target / f"strata-{side}.png"
+    bands = arrange(dict.fromkeys(row["direction"] for row in rows), run.benchmark)
+    plot_strata(rows, bands, f"{heading}, {side}: how far tokens go", path)
+    _keep_rows(table, rows, path)
+    return path
+
+
+def _keep_rows(table, rows, path):
+    """The part of a table that a picture shows."""
+    write_table(path.with_suffix(".csv"), list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _rounded(value):
+    return "" if value is None else round(value, 6)
