@@ -24,6 +24,7 @@ def apply():
     let_ddp_run_on_cpu()
     keep_half_precision_off_the_tpu()
     keep_the_last_batch()
+    write_log_files_once()
     explain_chosen_parts_in_help()
     print_user_errors_in_one_line()
 
@@ -147,6 +148,25 @@ def keep_the_last_batch():
         return batches
 
     data_utils.batch_by_size = batch_by_size
+
+
+def write_log_files_once():
+    """With --log-file, fairseq opens the file anew at every epoch and validation, and writes what
+    follows once more each time."""
+    from fairseq.logging import progress_bar
+
+    stock = progress_bar.progress_bar
+
+    @wraps(stock)
+    def make_progress_bar(*args, log_file=None, **kwargs):
+        if log_file is not None and any(
+            getattr(handler, "baseFilename", None) == os.path.abspath(log_file)
+            for handler in progress_bar.logger.handlers
+        ):
+            log_file = None
+        return stock(*args, log_file=log_file, **kwargs)
+
+    progress_bar.progress_bar = make_progress_bar
 
 
 def explain_chosen_parts_in_help():

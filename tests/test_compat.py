@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import toy_task
 from fairseq.data import data_utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
@@ -184,3 +185,19 @@ def test_fairseq_leaves_out_sentences_without_the_repair():
     lengths = np.full(13, 5)
     batches = stock(np.arange(13), None, lengths, 1000, required_batch_size_multiple=8)
     assert sum(map(len, batches)) == 8
+
+
+def test_the_log_file_has_every_record_once(data, tmp_path):
+    outcome = toy_task.train(
+        data,
+        tmp_path,
+        max_update=20,
+        validate_interval_updates=5,
+        log_interval=1,
+        log_file=tmp_path / "log",
+        no_save=True,
+    )
+    assert len(outcome.log("valid")) >= 4
+    records = [n for n in (tmp_path / "log").read_text().splitlines() if n.startswith("{")]
+    assert len(records) >= 24
+    assert len(set(records)) == len(records)

@@ -35,7 +35,7 @@ def _outputs(plan, step):
         "binarise": [
             plan.summary("binarise"),
             *(path for folder in (plan.target, *_shards(plan)) for path in _binary_files(folder)),
-            *_named(plan.target, r"(valid|test\d*)\.[^.]+-[^.]+\.[^.]+"),  # their text
+            *_named(plan.target, r"(valid|test\d*)\.[^.]+-[^.]+\.[^.]+\.txt"),
         ],
         "report": [plan.target / name for name in REPORT_FILES],
     }[step]

@@ -209,7 +209,9 @@ def binarise(plan):
             shard.parent.mkdir(exist_ok=True)
         jobs.append((binary.chunk_files(plan.ids, name, number), shards))
         if split != "train":
-            write_whole(plan.target / name, (plan.clean / name).read_text(encoding="utf-8"))
+            # not without .txt, under which name fairseq would read it in the place of the .bin
+            text = (plan.clean / name).read_text(encoding="utf-8")
+            write_whole(plan.target / f"{name}.txt", text)
     counts = in_parallel(binary.binarise, jobs, plan.workers, "binarise", "file")
     _write_summary(plan, "binarise", dict(zip(numbers, counts)))
 

@@ -105,12 +105,13 @@ def find_evaluations(runs, benchmark, scale, subset, seeds=None):
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
         run = read_run(path.parent)
         facts = run.facts
-        if (facts.get("benchmark"), facts.get("scale")) != (benchmark.name, scale):
+        of_benchmark = Path(facts.get("benchmark", "")).stem == benchmark.name
+        if not of_benchmark or facts.get("scale") != scale:
             continue
         if seeds and facts["seed"] not in seeds:
             continue
         if (run.folder / "evaluation" / subset / SCORES_FILE).exists():
-            found.setdefault(run.row.name, []).append(read_evaluation(run.folder, subset))
+            found.setdefault(facts["row"], []).append(read_evaluation(run.folder, subset))
         else:
             not_evaluated.append(str(run.folder))
     if not found:
