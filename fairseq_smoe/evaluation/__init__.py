@@ -1,0 +1,16 @@
+"""Translating test sets in many directions with a model that is loaded once."""
+
+import logging
+import warnings
+
+
+def set_up_fairseq():
+    """Import fairseq without what it says to developers, and make the plugin known to it."""
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import fairseq  # noqa: F401
+
+        import fairseq_smoe
+
+        fairseq_smoe.register()

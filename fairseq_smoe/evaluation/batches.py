@@ -1,0 +1,46 @@
+"""Batches as large as the memory takes."""
+
+import torch
+
+from fairseq_smoe.errors import OptionError
+
+
+class TokenBudget:
+    """How many source tokens, padding included, go through the model at a time.
+
+    Attributes:
+        tokens: halved, once and for all, when a batch did not fit into the GPU's memory.
+    """
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def for_each_batch(self, sizes, process):
+        """Call ``process(indices)`` with batches of similar length, the longest sentences first.
+
+        Args:
+            sizes: source tokens of every sentence.
+            process: raises ``torch.OutOfMemoryError`` when the batch is too large; it is then
+                called again with the first half.
+
+        Raises:
+            OptionError: a single sentence is too large.
+        """
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        done = 0
+        while done < len(order):
+            longest = sizes[order[done]]
+            batch = order[done : done + max(1, self.tokens // longest)]
+            try:
+                process(batch)
+                done += len(batch)
+                continue
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise OptionError(
+                        f"a sentence of {longest} tokens does not fit into the GPU's memory; "
+                        "lower --beam, give --fp16, or --cpu"
+                    ) from None
+            # only here, behind the except block, is the failed batch let go of
+            torch.cuda.empty_cache()
+            self.tokens = longest * (len(batch) // 2)

@@ -1,0 +1,183 @@
+"""The steps of ``python -m fairseq_smoe evaluate``; ``set_up_fairseq`` has been called."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from fairseq import utils
+from tqdm import tqdm
+
+from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation import set_up_fairseq
+from fairseq_smoe.evaluation.batches import TokenBudget
+from fairseq_smoe.evaluation.folder import EvaluationFolder
+from fairseq_smoe.evaluation.row_check import check_row
+from fairseq_smoe.evaluation.saved_model import (
+    identify,
+    read_saved_model,
+    trained_directions,
+)
+from fairseq_smoe.evaluation.score_table import score_table
+from fairseq_smoe.evaluation.test_set import find_test_sets
+from fairseq_smoe.evaluation.translator import Settings, Translator
+from fairseq_smoe.evaluation.workers import translate_in_turn, translate_side_by_side
+from fairseq_smoe.flops import count_parameters, flops_per_token
+from fairseq_smoe.scoring import score_folder
+
+CPU_TOKENS = 12000  # source tokens of a batch; fewer and many more were slower
+GPU_TOKENS = 65536  # to begin with
+MOST_CPU_PROCESSES = 8  # unless asked for more: each needs memory for its batches
+
+
+def evaluate(args, training, checkpoint):
+    """Translate what is not translated yet, then score.
+
+    Args:
+        args: options of ``fairseq_smoe.evaluate``.
+        training: :class:`~fairseq_smoe.runs.Run`
+        checkpoint: the file.
+    """
+    devices = _devices(args)
+    benchmark = benchmarks.load(args.benchmark) if args.benchmark else training.benchmark
+    saved = read_saved_model(checkpoint, args.data or training.facts.get("data"))
+    if args.benchmark:
+        check_row(benchmark, benchmark.row(args.row), args.scale, saved)
+    directions = _directions(args, benchmark, saved)
+    data = Path(utils.split_paths(saved.task_options.data)[0])
+    if not data.is_dir():
+        raise OptionError(f"--data {data}: no such folder; give the output of prepare")
+    optional = not (args.directions or benchmark)
+    subsets = list(dict.fromkeys(args.subset or ["test"]))
+    test_sets = [t for s in subsets for t in find_test_sets(data, s, directions, optional)]
+    sentences = {test_set: test_set.check() for test_set in test_sets}
+    settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
+    origin = {
+        "checkpoint": {**identify(checkpoint), "num_updates": saved.num_updates},
+        "settings": {
+            **asdict(settings),
+            "decoder_langtok": bool(saved.task_options.decoder_langtok),
+        },
+    }
+    folders = {
+        subset: EvaluationFolder(training.folder / "evaluation" / subset, origin)
+        for subset in subsets
+    }
+    with ExitStack() as held:
+        for folder in folders.values():
+            held.enter_context(folder.for_this_process_alone())
+            folder.forget_others(directions)
+        waiting = [t for t in test_sets if not folders[t.subset].is_done(t, sentences[t])]
+        for test_set in waiting:
+            folders[test_set.subset].forget(test_set.direction)
+        model, task = saved.build(directions)
+        extra = {**_run_facts(training, saved), "model": _model_facts(model, saved)}
+        tokens = args.max_tokens or (CPU_TOKENS if devices[0].type == "cpu" else GPU_TOKENS)
+        if len(devices) == 1:
+            translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
+            translate = partial(translate_in_turn, translator)
+        else:
+            translate = _side_by_side(model, task, settings, devices, tokens, saved, directions)
+        _translate(translate, waiting, sentences, folders)
+        if not args.no_score:
+            for subset, folder in folders.items():
+                scores = score_folder(folder.path, args, {"subset": subset, **extra})
+                print(f"\n{extra['name']}, {subset}\n\n{score_table(scores)}")
+
+
+def load_translator(checkpoint, data, directions, settings, device, tokens):
+    """A :class:`Translator` in a new process."""
+    set_up_fairseq()
+    model, task = read_saved_model(checkpoint, data).build(directions)
+    return Translator(model, task, settings, device, TokenBudget(tokens))
+
+
+def _devices(args):
+    """A device for every process. Without GPUs, several processes of a few threads are faster than
+    one of many, because beam search is made of small steps.
+
+    Raises:
+        OptionError: half precision without a GPU.
+    """
+    gpus = 0 if args.cpu else torch.cuda.device_count()
+    if not gpus:
+        if args.fp16:
+            raise OptionError("--fp16: needs a GPU, and none is in use; leave it out")
+        processes = args.processes or min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
+        if processes > 1:
+            # a pool of threads that is there before a fork stands still behind it
+            torch.set_num_threads(1)
+        return [torch.device("cpu")] * processes
+    return [torch.device("cuda", i % gpus) for i in range(args.processes or gpus)]
+
+
+def _directions(args, benchmark, saved):
+    """The directions to translate, in order.
+
+    Raises:
+        OptionError: one is not written as it should be, or the model does not know its languages.
+    """
+    if not args.directions:
+        return benchmark.directions() if benchmark else trained_directions(saved)
+    languages = saved.languages()
+    for direction in args.directions:
+        if direction.count("-") != 1:
+            raise OptionError(
+                f"--directions {direction}: expected source and target joined by one hyphen, e.g. "
+                "en-de"
+            )
+        for language in direction.split("-"):
+            if language not in languages:
+                raise OptionError(
+                    f"--directions {direction}: {language} is none of the model's languages, "
+                    f"{', '.join(languages)}"
+                )
+    return list(dict.fromkeys(args.directions))
+
+
+def _run_facts(training, saved):
+    facts = {key: training.facts.get(key) for key in ("benchmark", "row", "scale", "seed")}
+    return {**facts, "name": training.folder.resolve().name, "num_updates": saved.num_updates}
+
+
+def _model_facts(model, saved):
+    return {
+        "parameters": count_parameters(model),
+        "flops_per_token": flops_per_token(model, saved.model_options),
+    }
+
+
+def _side_by_side(model, task, settings, devices, tokens, saved, directions):
+    """``translate(jobs, progress)`` with a process for each of ``devices``."""
+    if devices[0].type == "cpu":
+        # forks share the model's memory
+        translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
+        cores = len(os.sched_getaffinity(0))
+        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // len(devices))))
+        make = [partial(_with_threads, translator, threads)] * len(devices)
+        return lambda *rest: translate_side_by_side(make, *rest, start_method="fork")
+    data = saved.task_options.data
+    make = [
+        partial(load_translator, saved.path, data, directions, settings, device, tokens)
+        for device in devices
+    ]
+    return lambda *rest: translate_side_by_side(make, *rest, start_method="spawn")
+
+
+def _with_threads(translator, threads):
+    torch.set_num_threads(threads)
+    return translator
+
+
+def _translate(translate, test_sets, sentences, folders):
+    """Translate and write ``test_sets``."""
+    total = sum(sentences.values())
+    done = total - sum(sentences[test_set] for test_set in test_sets)
+    jobs = {(test_set.direction, test_set.subset): test_set for test_set in test_sets}
+    with tqdm(total=total, initial=done, desc="translate", unit="sentence") as bar:
+        for job, translation in translate(list(jobs), bar.update):
+            test_set = jobs[job]
+            folders[test_set.subset].write(test_set, translation)

@@ -1,0 +1,141 @@
+"""RUN/evaluation/SUBSET: the translations of each direction, and what they were made from."""
+
+import json
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.test_set import to_text
+from fairseq_smoe.preparation.files import only_process_in, remove_unfinished, write_whole
+
+SCORES_FILE = "scores.json"
+TEXT_FILES = ("hyp.pieces", "hyp.txt", "ref.pieces", "ref.txt", "src.txt")
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """Directions that are translated, each complete or not there.
+
+    ``{direction}.json`` is written last: with the right number of lines in all files and equal
+    ``origin`` it says that a direction is done.
+
+    Attributes:
+        path: the folder.
+        origin: ``{"checkpoint": ..., "settings": ...}`` that a translation has to come from.
+    """
+
+    path: Path
+    origin: dict
+
+    @contextmanager
+    def for_this_process_alone(self):
+        """Hold the folder.
+
+        Raises:
+            OptionError: another process holds it.
+        """
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OptionError(
+                    f"{self.path}: {error.strerror}; translations are written there"
+                ) from error
+            try:
+                stack.enter_context(only_process_in(self.path))
+            except OptionError as error:
+                raise OptionError(
+                    f"{self.path}: another process evaluates there; wait for it or stop it"
+                ) from error
+            remove_unfinished(self.path)
+            yield
+
+    def is_done(self, test_set, sentences):
+        """Whether a direction is translated as wanted; says why if it has been, but differently."""
+        facts = self._facts(test_set.direction)
+        if facts is None:
+            return False
+        wanted = {**self.origin, "test_set": test_set.fingerprint(), "sentences": sentences}
+        for key, value in wanted.items():
+            if facts.get(key) != value:
+                say(
+                    f"{self.path}: {test_set.direction} was translated with another "
+                    f"{key.replace('_', ' ')}; again"
+                )
+                return False
+        for ending in TEXT_FILES:
+            path = self._file(test_set.direction, ending)
+            found = path.read_bytes().count(b"\n") if path.exists() else 0
+            if found != sentences:
+                say(
+                    f"warning: {path}: {found} lines, expected {sentences}; "
+                    f"{test_set.direction} is translated again"
+                )
+                return False
+        return True
+
+    def forget(self, direction):
+        """From now on the direction is not done, and the scores are not those of the folder."""
+        for name in (f"{direction}.json", SCORES_FILE):
+            (self.path / name).unlink(missing_ok=True)
+
+    def forget_others(self, directions):
+        """Take translations of other origin, which scores must not mix, out of the folder's
+        directions."""
+        for path in self.path.glob("*-*.json"):
+            facts = self._facts(path.stem)
+            if path.stem not in directions and facts is not None:
+                if any(facts.get(key) != value for key, value in self.origin.items()):
+                    say(f"{path}: of another checkpoint or with other settings; removed")
+                    self.forget(path.stem)
+
+    def write(self, test_set, translation):
+        """Write the files of a direction.
+
+        Args:
+            translation: :class:`~fairseq_smoe.evaluation.translator.Translation`
+        """
+        sources, references, unknown = test_set.texts(translation.sources, translation.references)
+        if unknown:
+            say(
+                f"warning: {test_set.target}.txt: no such text; the references of "
+                f"{test_set.direction} are put together from pieces, {unknown} of them unknown"
+            )
+        contents = (
+            translation.hypotheses,
+            [to_text(pieces) for pieces in translation.hypotheses],
+            translation.references,
+            references,
+            sources,
+        )
+        for ending, lines in zip(TEXT_FILES, contents, strict=True):
+            text = "".join(f"{line}\n" for line in lines)
+            write_whole(self._file(test_set.direction, ending), text)
+        facts = {
+            "direction": test_set.direction,
+            "sentences": len(translation.hypotheses),
+            "seconds": round(translation.seconds, 3),
+            **self.origin,
+            "test_set": test_set.fingerprint(),
+            "requested_capacity": translation.requested_capacity,
+        }
+        write_whole(self._file(test_set.direction, "json"), json.dumps(facts, indent=1) + "\n")
+
+    def _file(self, direction, ending):
+        return self.path / f"{direction}.{ending}"
+
+    def _facts(self, direction):
+        try:
+            facts = json.loads(self._file(direction, "json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return facts if isinstance(facts, dict) else None
+
+
+def say(line):
+    """A line for people, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)

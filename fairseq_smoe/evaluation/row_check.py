@@ -1,0 +1,62 @@
+"""Whether a checkpoint is of the row of the paper's table that it is taken for."""
+
+import argparse
+from dataclasses import fields
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.model import SMoETransformer
+from fairseq_smoe.options import RoutingOptions, check_options, resolve_strata
+from fairseq_smoe.strata import format_strata
+from fairseq_smoe.training_command import model_options
+
+_WITHOUT_EFFECT = {"moe_gating_use_fp32"}
+
+
+def check_row(benchmark, row, scale, saved):
+    """Compare the options that choose and shape expert layers.
+
+    Args:
+        benchmark, row, scale: as for ``training_command.model_options``.
+        saved: a :class:`~fairseq_smoe.evaluation.saved_model.SavedModel`.
+
+    Raises:
+        OptionError: they differ; names the option and both values.
+    """
+    training = {option: value for option, (value, _source) in benchmark.training.items()}
+    words = [word for pair in training.items() for word in pair]
+    expected = _routing(_parse([*words, *model_options(benchmark, row, scale)]))
+    found = _routing(saved.model_options)
+    for name, value in expected.items():
+        if found[name] != value:
+            raise OptionError(
+                f"--{name.replace('_', '-')}: {saved.path} was trained with {found[name]}, "
+                f"the row {row.slug} of {benchmark.name} has {value}; name the row that it was "
+                "trained for, or evaluate it as a model of your own with --run and --checkpoint"
+            )
+
+
+def _parse(words):
+    from fairseq.models import ARCH_CONFIG_REGISTRY
+
+    from fairseq_smoe.options import SMoETransformerOptions
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--arch")
+    SMoETransformer.add_args(parser)
+    given, _ = parser.parse_known_args(words)  # leaves out those of criterion and optimizer
+    ARCH_CONFIG_REGISTRY[given.arch](given)
+    return SMoETransformerOptions.from_namespace(given)
+
+
+def _routing(options):
+    """``{option: value}``, with --moe-expert-count 8 and --smoe-strata 8 made the same."""
+    values = {
+        field.name: getattr(options, field.name, field.default)
+        for field in fields(RoutingOptions)
+        if field.name not in _WITHOUT_EFFECT and not field.name.startswith("_")
+    }
+    values["smoe_strata"] = None
+    if check_options(options) is not None:
+        values["smoe_strata"] = format_strata(resolve_strata(options))
+    del values["moe_expert_count"]
+    return values

@@ -1,0 +1,189 @@
+"""A loaded model that translates one direction after another."""
+
+import time
+from argparse import Namespace
+from copy import copy
+from dataclasses import asdict, dataclass
+
+import torch
+from fairseq import utils
+
+from fairseq_smoe.capacity_meter import CapacityMeter
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
+from fairseq_smoe.task import SMoETranslationTask
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a translation depends on besides model and text; names and meanings are those of
+    fairseq-generate."""
+
+    beam: int = 5
+    lenpen: float = 1.0
+    max_len_a: float = 0.0
+    max_len_b: int = 200
+    fp16: bool = False
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A translated test set, in its order.
+
+    Attributes:
+        hypotheses: best translation of every sentence, pieces joined by spaces.
+        references, sources: the same of the binarised text.
+        requested_capacity: mean passes per token: ``{"encoder", "decoder", "layers"}``; None where
+            there are no expert layers.
+        seconds: of translating.
+    """
+
+    hypotheses: list
+    references: list
+    sources: list
+    requested_capacity: dict
+    seconds: float
+
+
+class DirectionTask(SMoETranslationTask):
+    """One direction of a task that is set up for many: shares its dictionaries.
+
+    Args:
+        task: the task of all directions.
+        direction: ``"en-de"``
+        meter: counts requested capacity in place of a new meter per generator, whose hooks would
+            stay on the model.
+    """
+
+    def __init__(self, task, direction, meter):
+        args = copy(task.args)
+        args.source_lang, args.target_lang = direction.split("-")
+        args.requested_capacity_file = None
+        super().__init__(args, task.langs, task.dicts, training=False)
+        self.meter = meter
+
+    def build_generator(self, models, args, **kwargs):
+        generator = super(SMoETranslationTask, self).build_generator(models, args, **kwargs)
+        self.capacity_meter = self.meter
+        generator.model = LeanBeamModel(models)
+        generator.model.set_decoder_beam_size(generator.beam_size)
+        return generator.eval()
+
+
+class DirectionMeter(CapacityMeter):
+    """A meter that starts again for every direction."""
+
+    def start(self):
+        self.restore({name: [0, 0] for name in self.layers})
+        self.sentences = 0
+
+    def snapshot(self):
+        return {name: [int(number) for number in sums] for name, sums in self.layers.items()}
+
+    def restore(self, snapshot):
+        for name, sums in self.layers.items():
+            sums[:] = snapshot[name]
+
+
+class Translator:
+    """A model on its device.
+
+    Args:
+        model: on the CPU, ready for inference.
+        task: the :class:`SMoETranslationTask` of all directions.
+        settings: :class:`Settings`
+        device: a ``torch.device``
+        budget: a :class:`~fairseq_smoe.evaluation.batches.TokenBudget`
+    """
+
+    def __init__(self, model, task, settings, device, budget):
+        self.model = (model.half() if settings.fp16 else model).to(device)
+        self.task = task
+        self.settings = settings
+        self.device = device
+        self.budget = budget
+        self.meter = DirectionMeter([self.model])
+
+    def translate(self, direction, subset, progress):
+        """Translate the test set of one direction.
+
+        Args:
+            direction: ``"en-de"``
+            subset: as in fairseq's --gen-subset.
+            progress: called with a number of sentences when that many more are translated.
+
+        Returns:
+            :class:`Translation`
+
+        Raises:
+            OptionError: a sentence is longer than the model takes, or than fits into memory.
+        """
+        task = DirectionTask(self.task, direction, self.meter)
+        task.load_dataset(subset)
+        dataset = task.dataset(subset)
+        sizes = [int(dataset.size(i)[0]) for i in range(len(dataset))]
+        self._check_lengths(sizes, direction, subset)
+        generator = task.build_generator([self.model], Namespace(**asdict(self.settings)))
+        ignored = generator.symbols_to_strip_from_output
+        hypotheses = [None] * len(dataset)
+        self.meter.start()
+
+        def translate_batch(batch):
+            counted = self.meter.snapshot()
+            try:
+                best = self._search(task, generator, dataset, batch)
+            except torch.OutOfMemoryError:
+                self.meter.restore(counted)
+                raise
+            for i, tokens in best:
+                hypotheses[i] = task.target_dictionary.string(
+                    tokens, extra_symbols_to_ignore=ignored
+                )
+            progress(len(batch))
+
+        started = time.perf_counter()
+        self.budget.for_each_batch(sizes, translate_batch)
+        seconds = time.perf_counter() - started
+        samples = [dataset[i] for i in range(len(dataset))]
+        special = self._language_tokens(task)
+        capacity = self.meter.summary()
+        del capacity["sentences"]
+        return Translation(
+            hypotheses,
+            [task.target_dictionary.string(s["target"], None, False, special) for s in samples],
+            [task.source_dictionary.string(s["source"], None, False, special) for s in samples],
+            capacity,
+            seconds,
+        )
+
+    def _search(self, task, generator, dataset, batch):
+        """``[(index of the sentence, tokens of its best translation), ...]``"""
+        sample = dataset.collater([dataset[i] for i in batch])
+        sample = utils.apply_to_sample(lambda tensor: tensor.to(self.device), sample)
+        with torch.inference_mode():
+            found = task.inference_step(generator, [self.model], sample)
+            return [
+                (i, hypotheses[0]["tokens"].cpu())
+                for i, hypotheses in zip(sample["id"].tolist(), found)
+            ]
+
+    def _check_lengths(self, sizes, direction, subset):
+        longest = min(self.task.max_positions()[0], self.model.max_positions()[0])
+        for i, size in enumerate(sizes, start=1):
+            if size > longest:
+                raise OptionError(
+                    f"{subset} {direction}: sentence {i} has {size} tokens, the model takes "
+                    f"{longest} (--max-source-positions in training); shorten the sentence in the "
+                    "test set"
+                )
+
+    def _language_tokens(self, task):
+        """What the task has put in front of the sentences."""
+        tokens = set()
+        manager, (source, target) = task.data_manager, task.args.langtoks["main"]
+        if source:
+            languages = task.args.source_lang, task.args.target_lang
+            tokens.add(manager.get_encoder_langtok(*languages, source))
+        if target:
+            tokens.add(manager.get_decoder_langtok(task.args.target_lang, target))
+        return tokens
