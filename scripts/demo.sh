@@ -8,8 +8,8 @@ usage: bash scripts/demo.sh [DIR]
 
 Trains a stratified mixture of experts (SMoE-2-2-2-2) and a vanilla mixture of as many experts
 (MoE-8) to translate between English and German, Spanish, Indonesian and Russian, on text from
-the translation catalogues of well-known packages. Translates a test set with both, and prints
-BLEU, chrF and requested capacity side by side. Takes about six minutes on two CPU cores, with
+the translation catalogues of well-known packages. Translates a test set with both, prints BLEU
+and requested capacity side by side, and draws what the experts do. Takes about six minutes on two CPU cores, with
 the installation into .venv-demo; needs Linux, Python 3.11 or 3.12 and a package index, no GPU.
 
 DIR       folder for everything the demo makes (default: demo-output)
@@ -60,9 +60,10 @@ main() {
     step train "$out/trained" \
         "train ${MODELS[*]}: $UPDATES updates each, in parallel" training_status
     step translate "$out/translated" \
-        "translate the test sets in ${#DIRECTIONS[@]} directions" translation_status
-    echo "== score"
-    python -m fairseq_smoe compare "${MODELS[@]/#/$out/}" --to "$out"
+        "translate and score the test sets in ${#DIRECTIONS[@]} directions" translation_status
+    step draw "$out/pictures/complete" "count what the experts do, and draw it"
+    echo "== compare"
+    python -m fairseq_smoe tabulate "${MODELS[@]/#/$out/}" --baseline "${MODELS[1]}" --to "$out"
     closing_words
 }
 
@@ -133,6 +134,7 @@ train() {
 }
 
 train_one() {
+    mkdir -p "$out/$1"
     fairseq-train "$out/data" --user-dir "$user_dir" --save-dir "$out/$1/checkpoints" \
         --task smoe_translation --lang-pairs "$(joined "${DIRECTIONS[@]}")" \
         --arch smoe_transformer_tiny --smoe-strata "${STRATA[$1]}" --dropout 0 \
@@ -141,29 +143,24 @@ train_one() {
         --lr-scheduler polynomial_decay --warmup-updates 100 --total-num-update $UPDATES \
         --max-update $UPDATES --max-tokens 500 --num-workers 0 --seed 1 --cpu \
         --save-interval-updates 400 --keep-interval-updates 1 --no-epoch-checkpoints \
-        --log-format json --log-interval 10
+        --log-format json --log-interval 10 --log-file "$out/$1/train.log"
 }
 
 translate() {
-    export -f translate_one
-    export out user_dir
-    local model direction
+    local model
     for model in "${MODELS[@]}"; do
-        mkdir -p "$out/$model/translations"
-        for direction in "${DIRECTIONS[@]}"; do
-            echo "$out/$model" "$direction"
-        done
-    done | xargs -P 2 -n 2 bash -euc 'translate_one "$@"' translate_one
+        python -m fairseq_smoe evaluate --run "$out/$model" --cpu --metrics bleu chrf++ \
+            --checkpoint "$out/$model/checkpoints/checkpoint_last.pt"
+    done
 }
 
-translate_one() {
-    local result=$1/translations/$2
-    if [[ -e $result.out ]]; then return; fi
-    fairseq-generate "$out/data" --user-dir "$user_dir" --path "$1/checkpoints/checkpoint_last.pt" \
-        --task smoe_translation --source-lang "${2%-*}" --target-lang "${2#*-}" \
-        --gen-subset test --beam 5 --post-process sentencepiece --max-tokens 4000 --cpu \
-        --requested-capacity-file "$result.json" >"$result.part"
-    mv "$result.part" "$result.out"
+draw() {
+    local model
+    for model in "${MODELS[@]}"; do
+        python -m fairseq_smoe analyse --run "$out/$model" --subset test \
+            --checkpoint "$out/$model/checkpoints/checkpoint_last.pt"
+    done
+    python -m fairseq_smoe plot "${MODELS[@]/#/$out/}" --subset test --to "$out/pictures"
 }
 
 training_status() {
@@ -176,7 +173,7 @@ training_status() {
 
 translation_status() {
     local finished
-    finished=$(find "$out" -path '*/translations/*.out' | wc -l)
+    finished=$(find "$out" -path '*/evaluation/test/*-*.json' | wc -l)
     printf '%s  ' "$(bar "$finished" $((${#DIRECTIONS[@]} * ${#MODELS[@]})))"
 }
 
@@ -196,7 +193,8 @@ closing_words() {
     cat <<END
 
 table:        $out/table.md
-picture:      $out/requested-capacity-$model.png
+pictures:     $out/pictures/$model/test/capacity-directions.png and others there
+translations: $out/$model/evaluation/test
 checkpoints:  ${MODELS[*]/%//checkpoints} in $out
 Translate a sentence of your own (any direction of the table):
   echo "Unable to delete the page." | $venv/bin/fairseq-interactive $out/data \\

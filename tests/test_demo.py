@@ -42,18 +42,23 @@ def test_demo_trains_compares_and_resumes(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in first.stdout
-    results = json.loads((tmp_path / "out" / "scores.json").read_text())
-    smoe, vanilla = results["SMoE-2-2-2-2"], results["MoE-8"]
-    assert len(smoe) == len(vanilla) == 8
-    assert all(1 < result[side] < 4 for result in smoe.values() for side in ("encoder", "decoder"))
-    assert all(result["encoder"] == result["decoder"] == 1 for result in vanilla.values())
-    for directions in (smoe, vanilla):
-        assert sum(result["chrf"] for result in directions.values()) / 8 > LEARNED_CHRF
-    assert (tmp_path / "out" / "requested-capacity-SMoE-2-2-2-2.png").stat().st_size > 10_000
+    smoe, vanilla = (
+        json.loads((tmp_path / "out" / name / "evaluation/test/scores.json").read_text())
+        for name in ("SMoE-2-2-2-2", "MoE-8")
+    )
+    for run, low, high in ((smoe, 1.1, 4), (vanilla, 1, 1)):
+        assert len(run["directions"]) == 8
+        for direction in run["directions"].values():
+            capacity = direction["requested_capacity"]
+            assert all(low <= capacity[side] <= high for side in ("encoder", "decoder"))
+        assert sum(d["chrf++"] for d in run["directions"].values()) / 8 > LEARNED_CHRF
+    pictures = tmp_path / "out" / "pictures"
+    assert (pictures / "curves.png").stat().st_size > 10_000
+    assert (pictures / "SMoE-2-2-2-2/test/capacity-directions.png").stat().st_size > 10_000
 
     (tmp_path / "out" / "translated").unlink()  # as if interrupted in the middle of this step
-    shutil.rmtree(tmp_path / "out" / "MoE-8" / "translations")
+    shutil.rmtree(tmp_path / "out" / "MoE-8" / "evaluation")
     second = run_demo(tmp_path / "out")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("already done") == 4
+    assert second.stdout.count("already done") == 5
     assert table in second.stdout
