@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from fairseq_smoe.benchmark_check import check_benchmark
 from fairseq_smoe.errors import OptionError
 
 NAMES = ("m4", "m15", "opus100")
@@ -145,7 +146,7 @@ def load(name):
     """The :class:`Benchmark` of one of ``NAMES``, or of a JSON file of the user's own.
 
     A file like those in ``benchmarks/`` that may leave things out: with ``"like": "m4"`` it takes
-    them from there, but for the paper's figures.
+    them from there, but for the paper's figures; single options in ``training`` and ``size``, too.
 
     Raises:
         OptionError: no such benchmark, or the file cannot be used.
@@ -158,12 +159,18 @@ def load(name):
             f"{name}: no such benchmark; choose one of {', '.join(NAMES)}, or give a .json file "
             "of your own"
         )
+    if path.stem in NAMES:
+        raise OptionError(f"{name}: {path.stem} is one of the paper's; give the file another name")
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
-        fields = {**_without_figures(_published(own.pop("like"))), **own} if "like" in own else own
-        return _build(path.stem, fields)
-    except FileNotFoundError as error:
-        raise OptionError(f"{name}: no such file") from error
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{name}: {error.strerror}; give a .json file") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{name}: is no UTF-8 text ({error.reason}); save it as such") from error
+    try:
+        benchmark = _build(path.stem, _completed(json.loads(text)))
+        check_benchmark(benchmark)
+        return benchmark
     except KeyError as error:
         raise OptionError(
             f"{name}: {error} is missing or unknown; see docs/reproduce.md"
@@ -182,6 +189,19 @@ def _published(name):
     return json.loads(text)
 
 
+def _completed(own):
+    """The fields of a file of the user's own, with those of the benchmark that it is like."""
+    if not isinstance(own, dict):
+        raise ValueError("expected an object, {...}")
+    if "like" not in own:
+        return own
+    if own["like"] not in NAMES:
+        raise ValueError(f"like {own['like']}: choose one of {', '.join(NAMES)}")
+    other = _without_figures(_published(own.pop("like")))
+    merged = {key: {**other[key], **own.get(key, {})} for key in ("training", "size")}
+    return {**other, **own, **merged}
+
+
 def _without_figures(fields):
     rows = [{"name": row["name"], "options": row["options"]} for row in fields["rows"]]
     return {**fields, "rows": rows, "columns": None, "table": ""}
@@ -190,7 +210,7 @@ def _without_figures(fields):
 def _build(name, fields):
     fields = dict(fields)
     languages = fields.pop("languages")
-    if isinstance(languages, str):
+    if languages == "opus100.tsv":
         languages = _from_table((_FOLDER / languages).read_text(encoding="utf-8"))
     languages = tuple(Language(**entry) for entry in languages)
     english = fields["english"]
@@ -218,4 +238,4 @@ def _from_table(text):
 
 
 def _slug(name):
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")

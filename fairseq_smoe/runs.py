@@ -95,6 +95,8 @@ def read_run(folder):
         facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise OptionError(f"{path}: is no JSON ({error}); train again, or remove it") from error
+    if not isinstance(facts, dict):
+        raise OptionError(f"{path}: holds no object, {{...}}; train again, or remove it")
     return Run(folder, facts)
 
 
@@ -109,7 +111,7 @@ def find_run(args):
     folder = run_folder(args.runs, benchmark, row, args.scale, args.seed)
     if not folder.is_dir():
         raise OptionError(
-            f"{folder}: no such run; train it first: bash scripts/train.sh {benchmark.name} "
+            f"{folder}: no such run; train it first: bash scripts/train.sh {args.benchmark} "
             f"{row.slug} --scale {args.scale} --seed {args.seed} --runs {args.runs}"
         )
     return read_run(folder)

@@ -15,7 +15,7 @@ class Scale:
         heads: divides the attention heads.
         vocabulary: divides the pieces of the vocabulary.
         batch: divides the target tokens of an update.
-        layers: of encoder and of decoder.
+        layers: of encoder and of decoder, at most.
         options: ``{option of fairseq-train: value}`` that replace the benchmark's: few updates
             want a higher learning rate and no dropout.
     """

@@ -55,7 +55,7 @@ def add_arguments(parser):
         "--baseline",
         metavar="ROW",
         help="row that the others are tested against; for RUN ... one of them "
-        f"(default: {DEFAULT_BASELINE}; for RUN ... none)",
+        f"(default: {DEFAULT_BASELINE}, or the first row where there is none; for RUN ... none)",
     )
     parser.add_argument(
         "--no-tests", action="store_true", help="no tests of significance, which take a while"
@@ -113,7 +113,11 @@ def _paper(benchmark, args):
 
 def _benchmark(benchmark, args):
     metric = args.metric or benchmark.metric
-    baseline = _baseline_row(benchmark, args.baseline or DEFAULT_BASELINE)
+    if metric not in METRICS:
+        raise OptionError(
+            f"metric {metric} of {benchmark.title}: choose one of {', '.join(METRICS)}"
+        )
+    baseline = _baseline_row(benchmark, args.baseline)
     found, not_evaluated = find_evaluations(
         args.runs, benchmark, args.scale, args.subset, args.seeds
     )
@@ -133,6 +137,9 @@ def _benchmark(benchmark, args):
 
 
 def _baseline_row(benchmark, name):
+    if name is None:
+        names = [row.name for row in benchmark.rows]
+        return DEFAULT_BASELINE if DEFAULT_BASELINE in names else names[0]
     try:
         return benchmark.row(name).name
     except OptionError as error:

@@ -40,8 +40,8 @@ def add_arguments(parser):
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="target tokens of an update, on all processes together (default: the paper's, 13000 "
-        "or 65000; the authors' run scripts for M4 and M15 reach up to 131072)",
+        help="target tokens of an update, padding included, on all processes together (default: "
+        "the paper's, 13000 or 65000; the authors' run scripts for M4 and M15 reach up to 131072)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -67,11 +67,13 @@ def run(args):
     data = (args.data or Path("data") / default_data).absolute()
     folder = args.run or run_folder(args.runs, benchmark, row, args.scale, args.seed)
     folder = folder.absolute()
-    tokens = args.batch_tokens or batch_tokens(benchmark, args.scale)
+    tokens = args.batch_tokens
+    if tokens is None:
+        tokens = batch_tokens(benchmark, args.scale)
     more = _checked(args.more)
     on_gpu, processes = _devices(args.cpu, more)
     max_tokens, steps = split_batch(tokens, processes, args.max_tokens, _longest(benchmark, more))
-    more += ["--cpu"] if not on_gpu else [] if args.fp32 else ["--fp16"]
+    more = [*more, *_precision(on_gpu, args.fp32, more)]
     command = training_command(
         benchmark, row, args.scale, data, folder, args.seed, max_tokens, steps, more
     )
@@ -91,12 +93,12 @@ def run(args):
         print(
             f"{benchmark.title}, {row.name}, scale {args.scale}: {processes} process(es) x "
             f"{max_tokens} tokens x {steps} step(s) = {processes * max_tokens * steps} target "
-            f"tokens an update (wanted: {tokens})",
+            f"tokens an update, padding included (wanted: {tokens})",
             file=sys.stderr,
         )
     if args.dry_run:
         return
-    _check_data(data, benchmark, args.scale)
+    _check_data(data, benchmark, args)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
@@ -110,11 +112,19 @@ def run(args):
 def _checked(more):
     """Options for fairseq-train, which must not change the size of the batch."""
     for word in more:
-        if word.partition("=")[0] == "--update-freq":
-            raise OptionError(
-                "--update-freq: follows from --batch-tokens and --max-tokens; give these"
-            )
+        option = word.partition("=")[0]
+        if option in ("--update-freq", "--batch-size", "--max-sentences"):
+            raise OptionError(f"{option}: follows from --batch-tokens and --max-tokens; give these")
     return more
+
+
+def _precision(on_gpu, fp32, more):
+    """Options for the device; half precision unless another is among ``more``, as fairseq would
+    mix the two up."""
+    if not on_gpu:
+        return ["--cpu"]
+    others = ("--bf16", "--amp", "--memory-efficient-bf16", "--memory-efficient-fp16")
+    return [] if fp32 or any(option in more for option in others) else ["--fp16"]
 
 
 def _value(words, option, default):
@@ -127,10 +137,18 @@ def _value(words, option, default):
     return value
 
 
+def _number(words, option, default):
+    """The last value of an option, which has to be a number from 1."""
+    value = str(_value(words, option, default))
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise OptionError(f"{option} {value}: expected a number from 1")
+    return int(value)
+
+
 def _longest(benchmark, more):
     """Tokens of the longest sentence that the training takes."""
     return max(
-        int(_value(more, option, benchmark.training[option][0]))
+        _number(more, option, benchmark.training[option][0])
         for option in ("--max-source-positions", "--max-target-positions")
     )
 
@@ -144,7 +162,7 @@ def _devices(cpu, more):
         gpus = torch.cuda.device_count()
     if "WORLD_SIZE" in os.environ:  # under torchrun
         return gpus > 0, int(os.environ["WORLD_SIZE"])
-    return gpus > 0, int(_value(more, "--distributed-world-size", max(gpus, 1)))
+    return gpus > 0, _number(more, "--distributed-world-size", max(gpus, 1))
 
 
 def _check_same_run(folder, facts):
@@ -158,12 +176,24 @@ def _check_same_run(folder, facts):
                 f"{folder}: was trained with {name} {earlier.get(name)}, not {facts[name]}; choose "
                 "another folder with --runs or --run"
             )
+    if earlier and earlier.get("data", facts["data"]) != facts["data"]:
+        print(
+            f"warning: {folder}: was trained with --data {earlier['data']}, and goes on with "
+            f"{facts['data']}",
+            file=sys.stderr,
+        )
 
 
-def _check_data(data, benchmark, scale):
+def _check_data(data, benchmark, args):
     """The folder exists, and holds a vocabulary of the size that the scale asks for."""
+    scale = args.scale
     scaled = "" if scale == "paper" else f" --scale {scale}"
     remedy = f"bash data-prep/{benchmark.name}.sh {data}{scaled}"
+    if benchmark.name not in benchmarks.NAMES:
+        remedy = (
+            f"python -m fairseq_smoe prepare --benchmark {args.benchmark} --from TEXT --to "
+            f"{data}{scaled}"
+        )
     if not (data / LANGS_FILE).exists():
         raise OptionError(f"--data {data}: holds no prepared text; make it with: {remedy}")
     dictionary = data / f"dict.{benchmark.english}.txt"

@@ -22,10 +22,12 @@ def model_options(benchmark, row, scale):
         benchmark.training["--moe-freq"][0],
     ]
     shrink = SCALES[scale]
-    if scale != "paper":
-        heads = str(benchmark.size["attention_heads"] // shrink.heads)
+    if scale != "paper" or not benchmark.table:  # the paper's sizes are those of the architectures
+        layers = benchmark.size["layers"]
+        layers = str(layers if scale == "paper" else min(layers, shrink.layers))
+        heads = str(max(1, benchmark.size["attention_heads"] // shrink.heads))
         options += [
-            *("--encoder-layers", str(shrink.layers), "--decoder-layers", str(shrink.layers)),
+            *("--encoder-layers", layers, "--decoder-layers", layers),
             *("--encoder-embed-dim", str(benchmark.size["embed_dim"] // shrink.width)),
             *("--encoder-ffn-embed-dim", str(benchmark.size["ffn_embed_dim"] // shrink.width)),
             *("--encoder-attention-heads", heads, "--decoder-attention-heads", heads),
@@ -56,21 +58,23 @@ def split_batch(tokens, processes, most, longest):
         ``(tokens of a process at a time, steps until the update)``, the fewest steps possible.
 
     Raises:
-        OptionError: the longest sentence does not fit.
+        OptionError: the longest sentence does not fit, or there are no tokens.
     """
+    if tokens < 1:
+        raise OptionError(f"--batch-tokens {tokens}: expected a number from 1")
     share = tokens // processes
-    if min(share, most) < longest:
+    steps = max(1, -(-share // max(1, most)))
+    if min(share // steps, most) < longest:
         remedy = f"raise --max-tokens {most}"
         if share < longest:
             fitting = tokens // longest
             fewer = f"use at most {fitting} processes or " if fitting else ""
             remedy = f"{fewer}give --batch-tokens {longest * processes}"
         raise OptionError(
-            f"--batch-tokens {tokens}: {processes} process(es) would take {min(share, most)} "
+            f"--batch-tokens {tokens}: {processes} process(es) would take {share // steps} "
             f"tokens at a time, too few for a sentence of {longest} "
             f"(--max-source-positions, --max-target-positions); {remedy}"
         )
-    steps = -(-share // most)
     return share // steps, steps
 
 
@@ -100,6 +104,8 @@ def training_command(benchmark, row, scale, data, run, seed, max_tokens, update_
         *("--seed", str(seed)),
         *("--save-dir", str(run / "checkpoints"), "--log-file", str(run / "train.log")),
         *("--eval-bleu", "--keep-interval-updates", "1", "--no-epoch-checkpoints"),
+        # one that the model is too short for would end the training at its first validation
+        "--skip-invalid-size-inputs-valid-test",
         *("--log-format", "json", "--log-interval", "25"),
         *more,
     ]

@@ -1,6 +1,7 @@
 """Counts of routing: the collector, the tables, and the command."""
 
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -261,11 +262,27 @@ def test_other_settings_start_anew(run_folder, capsys):
     assert more[0]["tokens"] > 3 * few[0]["tokens"]
 
 
+def test_other_text_starts_anew(run_folder, data, tmp_path):
+    """In the same data folder."""
+    shutil.copytree(data, tmp_path / "data")
+    folder = run_folder("smoe")
+    command = ["analyse", "--run", str(folder), "--directions", "en-aa"]
+    command += ["--data", str(tmp_path / "data")]
+    main(command)
+    valid = read_table(folder / "analysis/valid/capacity.csv")
+    for path in (tmp_path / "data").glob("test.en-aa.*"):
+        shutil.copy(path, path.with_name(path.name.replace("test", "valid")))
+    main(command)
+    test = read_table(folder / "analysis/valid/capacity.csv")
+    assert test[0]["tokens"] > 1.5 * valid[0]["tokens"]  # 60 sentences, not 30
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--directions", "en-xx"], "--directions en-xx: no valid sentences"),
         (["--checkpoint", "missing.pt"], "--checkpoint missing.pt: no such file"),
+        (["--checkpoint", __file__], "cannot be read as a checkpoint"),
         (["--max-tokens", "0"], "--max-tokens 0: expected 1 or more"),
         (["--data", "missing-data"], "missing-data: no such data folder"),
     ],

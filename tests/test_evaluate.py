@@ -247,11 +247,14 @@ def test_other_settings_and_checkpoints_do_not_mix(run, data, short_run, capsys)
     (folder / "scores.json").write_text("{}")
     evaluate_own(run, directions="en-aa", beam=2)
     said = capsys.readouterr().err
-    assert "en-aa was translated with another settings; again" in said
+    assert "en-aa is translated again: not the same settings as the last time" in said
     assert "en-bb.json: of another checkpoint or with other settings; removed" in said
     assert {path.name for path in folder.glob("*.json")} == {"en-aa.json"}
     evaluate_own(run, directions="en-aa", beam=2, checkpoint=short_run / "checkpoint_last.pt")
-    assert "en-aa was translated with another checkpoint; again" in capsys.readouterr().err
+    assert (
+        "en-aa is translated again: not the same checkpoint as the last time"
+        in capsys.readouterr().err
+    )
     facts = json.loads((folder / "en-aa.json").read_text())
     assert facts["checkpoint"]["num_updates"] == 30 and facts["settings"]["beam"] == 2
 

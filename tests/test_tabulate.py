@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -149,11 +150,11 @@ def tidy_of(lines):
 def test_paper_table_marks_best_and_second_best(tmp_path):
     outcome = tabulate("m15", "--paper", "--to", tmp_path)
     rows = read_markdown(outcome.stdout)
-    assert rows["SMoE-4-12", ""]["avg"] == "**32.93**"
-    assert rows["SMoE-4-4-4-4", ""]["avg"] == "*32.75*"
+    assert rows["SMoE-4-12", ""]["avg of all"] == "**32.93**"
+    assert rows["SMoE-4-4-4-4", ""]["avg of all"] == "*32.75*"
     # it has twice the parameters, and would be the best
-    assert rows["Vanilla MoE, 32 experts", ""]["avg"] == "32.94"
-    assert rows["Dense", ""]["avg"] == "29.60 (29.61)"
+    assert rows["Vanilla MoE, 32 experts", ""]["avg of all"] == "32.94"
+    assert rows["Dense", ""]["avg of all"] == "29.60 (29.61)"
     assert rows["MoE+CMR", ""]["#params"] == "1.01B"
     assert (tmp_path / "table.md").read_text() == outcome.stdout
     assert len(read_csv(tmp_path / "table.csv")) == 12 * 9
@@ -197,7 +198,7 @@ def test_rows_hold_ours_the_papers_and_the_difference(table, runs):
     assert cells["Dense", "paper"]["eng-nso"] == "26.68"
     assert cells["Dense", "difference"]["eng-nso"] == f"{ours['eng-nso'] - 26.68:+.2f}"
     mean = sum(ours.values()) / 8
-    assert plain(cells["Dense", "ours"]["avg"]) == f"{mean:.2f}"
+    assert plain(cells["Dense", "ours"]["avg of all"]) == f"{mean:.2f}"
     assert cells["Dense", "ours"]["#params"] == "148.7M"
     assert cells["Dense", "paper"]["#params"] == "60M"
     assert (cells["Dense", "ours"]["MFLOPs"], cells["Dense", "paper"]["MFLOPs"]) == ("191", "167")
@@ -208,7 +209,10 @@ def test_rows_stand_in_the_papers_order_run_or_not(table):
     rows = [row.name for row in benchmark.load("m4").rows]
     assert list(dict.fromkeys(row for row, _ in cells)) == rows
     assert list(dict.fromkeys(line["row"] for line in lines)) == rows
-    assert cells["MoE+EOM", "ours"]["avg"] == "—" and cells["MoE+EOM", "paper"]["avg"] == "40.10"
+    assert (
+        cells["MoE+EOM", "ours"]["avg of all"] == "—"
+        and cells["MoE+EOM", "paper"]["avg of all"] == "40.10"
+    )
     assert ("MoE+EOM", "difference") not in cells
     assert "not run (Switch Transformer, MoE+EOM," in text
 
@@ -239,7 +243,7 @@ def test_seeds_can_be_chosen(runs, tmp_path):
 def test_best_and_second_best_are_marked_among_ours_and_among_the_papers(table):
     cells, *_ = table
     for kind, number_of_rows in {"ours": 3, "paper": 9}.items():
-        for column in [*M4, "avg"]:
+        for column in [*M4, "avg of all"]:
             found = {row: line[column] for (row, k), line in cells.items() if k == kind}
             values = {
                 row: float(plain(cell).split(" ")[0]) for row, cell in found.items() if cell != "—"
@@ -273,7 +277,8 @@ def test_marks_and_p_values_are_those_of_the_paired_bootstrap(table, runs):
             (line,) = [e for e in lines if (e["row"], e["column"], e["seed"]) == key]
             assert line["p_value"] == f"{p:.4f}"
             assert line["significant"] == ("yes" if p < 0.05 else "no")
-            mark = cells[row, "ours"][column].lstrip("*_±0123456789. ").strip("*_")
+            header = "avg of all" if column == "avg" else column
+            mark = cells[row, "ours"][header].lstrip("*_±0123456789. ").strip("*_")
             assert mark == ("" if p >= 0.05 else "▲" if ours.score > theirs.score else "▼")
             marks.add(mark)
     assert {"", "▲"} <= marks
@@ -325,6 +330,14 @@ def test_latex_escapes_what_is_special():
     assert "r\\_1\\textasciicircum{}2 & 1.00 \\\\" in text and "run & n\\# \\\\" in text
 
 
+def test_two_runs_of_a_row_and_seed_are_an_error(tmp_path):
+    """One would silently stand for both."""
+    make_run(tmp_path, "Dense", 0.3)
+    shutil.copytree(tmp_path / "m4-small/dense-seed42", tmp_path / "m4-small/dense-copy")
+    message = error_of("m4", "--runs", tmp_path, "--scale", "small")
+    assert "dense-copy" in message and "are both Dense with seed 42" in message
+
+
 def test_runs_that_differ_in_conditions_are_pointed_out(tmp_path):
     make_run(tmp_path, "Vanilla MoE", 0.3, data="/data/a", batch_tokens=1000)
     make_run(tmp_path, "Dense", 0.3, num_updates=90, data="/data/b", batch_tokens=2000)
@@ -340,7 +353,7 @@ def test_runs_that_differ_in_conditions_are_pointed_out(tmp_path):
     assert "updates: 90 (dense-seed42); 70 (the others)" in warnings[0]
     assert "after 70 to 90 updates" in outcome.stdout
     cells = read_markdown(outcome.stdout)
-    assert cells["SMoE-4-4", "ours"]["avg"] == "—" != cells["SMoE-4-4", "ours"]["nso-eng"]
+    assert cells["SMoE-4-4", "ours"]["avg of all"] == "—" != cells["SMoE-4-4", "ours"]["nso-eng"]
 
 
 def test_translations_that_changed_since_they_were_scored_are_not_tested(tmp_path):

@@ -16,6 +16,7 @@ from fairseq_smoe import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.flops import count_row
 from fairseq_smoe.scale import SCALES
+from fairseq_smoe.train import _precision
 from fairseq_smoe.training_command import (
     batch_tokens,
     model_options,
@@ -88,6 +89,7 @@ def test_fairseq_takes_the_command_of_every_row(scale, tmp_path):
         assert parsed.sampling_temperature == benchmark.temperature
         assert parsed.lang_pairs.split(",") == benchmark.directions()
         assert parsed.label_smoothing == 0.1 and parsed.seed == 7
+        assert parsed.skip_invalid_size_inputs_valid_test
         assert parsed.dropout == (0.3 if scale == "paper" else 0)
         assert hasattr(parsed, "smoe_strata") == (row.name != "Dense")
 
@@ -107,9 +109,9 @@ def test_a_smaller_scale_keeps_the_experts(scale):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7, 25])
 def test_the_batch_stays_the_same_on_any_number_of_processes(processes):
-    for most in (600, 1000, 4096, 65000):
+    for most in (700, 1000, 4096, 65000):
         tokens, steps = split_batch(13000, processes, most, 512)
-        assert tokens <= most
+        assert 512 <= tokens <= most
         assert 13000 - processes * steps < processes * tokens * steps <= 13000
         assert steps == 1 or -(-13000 // processes // (steps - 1)) > most  # no fewer steps do
 
@@ -120,6 +122,21 @@ def test_a_batch_that_cannot_be_reached():
     with pytest.raises(OptionError, match="raise --max-tokens 300"):
         split_batch(13000, 1, 300, 512)
     assert split_batch(131072, 32, 4096, 512) == (4096, 1)  # the authors' run scripts
+
+
+def test_the_longest_sentence_fits_into_the_share_of_a_step():
+    """1000 tokens in steps of at most 600 are two of 500."""
+    with pytest.raises(OptionError, match="would take 500 tokens.*raise --max-tokens 600"):
+        split_batch(1000, 1, 600, 512)
+    assert split_batch(1024, 1, 600, 512) == (512, 2)
+    with pytest.raises(OptionError, match="--batch-tokens 0: expected"):
+        split_batch(0, 1, 600, 512)
+
+
+def test_half_precision_unless_another_is_asked_for():
+    assert _precision(True, False, ["--lr", "1"]) == ["--fp16"]
+    assert _precision(True, True, []) == _precision(True, False, ["--bf16"]) == []
+    assert _precision(False, False, ["--bf16"]) == ["--cpu"]
 
 
 def test_every_option_says_where_it_comes_from():
@@ -153,6 +170,8 @@ def test_dry_run_prints_the_command(tmp_path):
         (["m4", "smoe-4-12"], "smoe-4-12: M4 has no such row; choose one of dense, vanilla-moe"),
         (["m4", "dense"], "holds no prepared text; make it with: bash data-prep/m4.sh"),
         (["m4", "dense", "--update-freq", "3"], "--update-freq: follows from --batch-tokens"),
+        (["m4", "dense", "--batch-size", "9"], "--batch-size: follows from --batch-tokens"),
+        (["m4", "dense", "--max-source-positions"], "--max-source-positions None: expected a num"),
         (["m4", "dense", "--max-tokens", "100"], "--batch-tokens 13000: .*raise --max-tokens 100"),
     ],
 )

@@ -1,5 +1,6 @@
 """``python -m fairseq_smoe analyse``: all directions of a data set, one after the other."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from fairseq_smoe.analysis.passes import (
     seed_of,
 )
 from fairseq_smoe.analysis.tables import COLUMNS, routing_rows, type_rows, write_table
+from fairseq_smoe.data_manager import find_shards
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.files import write_whole
 
@@ -69,6 +71,7 @@ def analyse(
             "num_updates": updates,
         },
         "data": str(Path(task.args.data).resolve()),
+        "files": _fingerprint(task.args.data, subset),
         "max_sentences": max_sentences,
         "types": num_types,
         "min_count": min_count,
@@ -108,6 +111,19 @@ def write_tables(folder, parts, directions, made_from):
     print(f"{folder}: capacity.csv, experts.csv, strata.csv, types.csv of {len(found)} directions")
     if left:
         print(f"{left} directions are still to do: the same command without --directions")
+
+
+def _fingerprint(data, subset):
+    """A hash of the names, sizes and times of all files that the tables are made from: those of the
+    subset, and the training text, whose frequencies are among the types."""
+    digest = hashlib.sha256()
+    for folder in find_shards(str(data)):
+        for path in sorted(Path(folder).glob("*.bin")):
+            split = path.name.split(".")[0]
+            if split == subset or split.startswith("train"):
+                status = path.stat()
+                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def no_text(dictionary, data_manager):

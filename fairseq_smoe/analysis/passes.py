@@ -10,6 +10,7 @@ from fairseq.data import data_utils
 
 import fairseq_smoe
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.saved_model import read_saved_model
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def load_model(checkpoint, data=None):
         ``(model, task, number of updates)``
 
     Raises:
-        OptionError: the checkpoint or the data folder is missing.
+        OptionError: the checkpoint or the data folder is missing, or it is no checkpoint.
     """
     fairseq_smoe.register()
     if not checkpoint.is_file():
@@ -36,7 +37,7 @@ def load_model(checkpoint, data=None):
     overrides = {"source_lang": None, "target_lang": None}
     if data is not None:
         overrides["data"] = str(data)
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), overrides)
+    state = read_saved_model(checkpoint, data).state
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)], arg_overrides=overrides, state=state
     )

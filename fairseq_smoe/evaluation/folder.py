@@ -61,8 +61,8 @@ class EvaluationFolder:
         for key, value in wanted.items():
             if facts.get(key) != value:
                 say(
-                    f"{self.path}: {test_set.direction} was translated with another "
-                    f"{key.replace('_', ' ')}; again"
+                    f"{self.path}: {test_set.direction} is translated again: "
+                    f"not the same {key.replace('_', ' ')} as the last time"
                 )
                 return False
         for ending in TEXT_FILES:
@@ -78,7 +78,8 @@ class EvaluationFolder:
 
     def forget(self, direction):
         """From now on the direction is not done, and the scores are not those of the folder."""
-        for name in (f"{direction}.json", SCORES_FILE):
+        # the scores first: killed in between, a folder must not have those of other translations
+        for name in (SCORES_FILE, f"{direction}.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def forget_others(self, directions):

@@ -100,7 +100,7 @@ def read_saved_model(path, data=None):
     name = getattr(state["cfg"]["task"], "_name", None)
     if name != "smoe_translation":
         raise OptionError(
-            f"{path}: was trained with --task {name}; evaluate needs smoe_translation, "
+            f"{path}: was trained with --task {name}; this needs smoe_translation, "
             "fairseq-generate takes any"
         )
     state.pop("last_optimizer_state", None)  # twice as large as the model

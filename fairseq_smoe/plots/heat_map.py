@@ -1,6 +1,7 @@
 """Shares as colours: experts against languages, strata against directions."""
 
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 
 from fairseq_smoe.plots.style import plt, save
 
@@ -45,7 +46,13 @@ def plot_heat_map(panels, columns, title, path, unit, lines=(), highest=None):
     crowded = len(columns) > 12
     all_axes[-1, 0].set_xticks(range(len(columns)), columns, rotation=90 if crowded else 0)
     figure.suptitle(title, x=0.01, ha="left")
-    figure.colorbar(image, ax=all_axes, label=unit, shrink=min(1, 8 / sum(heights) + 0.2))
+    figure.colorbar(
+        image,
+        ax=all_axes,
+        label=unit,
+        shrink=min(1, 8 / sum(heights) + 0.2),
+        format=PercentFormatter(1, decimals=0),  # as the numbers in the cells
+    )
     save(figure, path)
 
 

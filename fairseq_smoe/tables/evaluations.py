@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
+from fairseq_smoe.benchmark import NAMES
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.runs import RUN_FILE, read_run
 from fairseq_smoe.scoring import SCORES_FILE
@@ -98,7 +100,7 @@ def find_evaluations(runs, benchmark, scale, subset, seeds=None):
         ``({row name: [Evaluation, ...]}, names of the runs that are not evaluated)``
 
     Raises:
-        OptionError: there are none.
+        OptionError: there are none, or two of the same row and seed.
     """
     folder = Path(runs) / f"{benchmark.name}-{scale}"
     found, not_evaluated = {}, []
@@ -118,8 +120,14 @@ def find_evaluations(runs, benchmark, scale, subset, seeds=None):
         raise OptionError(
             _explain_none(runs, folder, benchmark, scale, subset, seeds, not_evaluated)
         )
-    for evaluations in found.values():
+    for row, evaluations in found.items():
         evaluations.sort(key=lambda evaluation: evaluation.seed)
+        for one, other in pairwise(evaluations):
+            if one.seed == other.seed:
+                raise OptionError(
+                    f"{one.run} and {other.run}: are both {row} with seed {one.seed}; move one out "
+                    f"of {folder}"
+                )
     return found, not_evaluated
 
 
@@ -137,8 +145,9 @@ def _explain_none(runs, folder, benchmark, scale, subset, seeds, not_evaluated):
     )
     hint = f"; there are runs at --scale {', '.join(others)}" if others else ""
     row = benchmark.rows[0].slug
+    name = benchmark.name if benchmark.name in NAMES else f"{benchmark.name}.json"
     return (
         f"--runs {runs}: no runs{chosen} in {folder}{hint}; train and evaluate one: python -m "
-        f"fairseq_smoe train {benchmark.name} {row} --scale {scale}, then python -m fairseq_smoe "
-        f"evaluate {benchmark.name} {row} --scale {scale}"
+        f"fairseq_smoe train {name} {row} --scale {scale}, then python -m fairseq_smoe "
+        f"evaluate {name} {row} --scale {scale}"
     )
