@@ -5,6 +5,7 @@ They are made once, by the first test that asks, and shared by all workers of ``
 
 import os
 import shutil
+import signal
 
 import pytest
 import toy_task
@@ -15,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
+    # a shell that starts the tests in the background has them, and all they start, ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; deselect with -m 'not slow'")
 
 

@@ -1,4 +1,4 @@
-"""The whole way of a benchmark, from text to table and pictures, with the commands that users run."""
+"""The whole way of a benchmark, from text to table and pictures, by the commands of its users."""
 
 import csv
 import json
@@ -6,6 +6,8 @@ import time
 
 import pytest
 import toy_task
+
+pytestmark = pytest.mark.xdist_group("reproduction")  # one process makes what all look at
 
 ROWS = ("vanilla-moe", "smoe-2-2-2-2")
 

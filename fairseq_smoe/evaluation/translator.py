@@ -9,8 +9,9 @@ import torch
 from fairseq import utils
 
 from fairseq_smoe.capacity_meter import CapacityMeter
-from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.folder import say
 from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
+from fairseq_smoe.evaluation.shortened import ShortenedDataset
 from fairseq_smoe.task import SMoETranslationTask
 
 
@@ -116,13 +117,19 @@ class Translator:
             :class:`Translation`
 
         Raises:
-            OptionError: a sentence is longer than the model takes, or than fits into memory.
+            OptionError: a sentence does not fit into memory.
         """
         task = DirectionTask(self.task, direction, self.meter)
         task.load_dataset(subset)
-        dataset = task.dataset(subset)
-        sizes = [int(dataset.size(i)[0]) for i in range(len(dataset))]
-        self._check_lengths(sizes, direction, subset)
+        longest = min(self.task.max_positions()[0], self.model.max_positions()[0])
+        dataset = ShortenedDataset(task.dataset(subset), longest)
+        sizes = dataset.source_sizes()
+        if dataset.num_shortened:
+            say(
+                f"warning: {subset} {direction}: {dataset.num_shortened} sentence(s) of more than "
+                f"the {longest} tokens that the model takes (--max-source-positions in training); "
+                "their ends are not translated"
+            )
         generator = task.build_generator([self.model], Namespace(**asdict(self.settings)))
         ignored = generator.symbols_to_strip_from_output
         hypotheses = [None] * len(dataset)
@@ -166,16 +173,6 @@ class Translator:
                 (i, hypotheses[0]["tokens"].cpu())
                 for i, hypotheses in zip(sample["id"].tolist(), found)
             ]
-
-    def _check_lengths(self, sizes, direction, subset):
-        longest = min(self.task.max_positions()[0], self.model.max_positions()[0])
-        for i, size in enumerate(sizes, start=1):
-            if size > longest:
-                raise OptionError(
-                    f"{subset} {direction}: sentence {i} has {size} tokens, the model takes "
-                    f"{longest} (--max-source-positions in training); shorten the sentence in the "
-                    "test set"
-                )
 
     def _language_tokens(self, task):
         """What the task has put in front of the sentences."""
