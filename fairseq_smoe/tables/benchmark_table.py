@@ -3,7 +3,7 @@
 from fairseq_smoe.significance import RESAMPLES, SIGNIFICANT
 from fairseq_smoe.tables import conditions
 from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
-from fairseq_smoe.tables.layout import MISSING, Layout, Section, Text, millions, number
+from fairseq_smoe.tables.layout import MISSING, Layout, Section, Text, mflops, millions, number
 
 # under a title such as "Into English", a mere avg would be taken for that of the side
 _HEADERS = {"verylow": "very low", "avg": "avg of all"}
@@ -55,10 +55,8 @@ def _line(benchmark, row, found, metric, baseline, tests):
     size = None
     if evaluations and (model := evaluations[0].scores.get("model")):
         size = model["parameters"], model["flops_per_token"]
-    mflops = "" if row.mflops is None else str(row.mflops)
-    return Line(
-        row.name, cells, size, (row.params, mflops), _competes(benchmark, row), row.name == baseline
-    )
+    printed = row.params, "" if row.mflops is None else str(row.mflops)
+    return Line(row.name, cells, size, printed, _competes(benchmark, row), row.name == baseline)
 
 
 def sections(benchmark):
@@ -111,7 +109,7 @@ def _rows_of(line, columns, ours, paper):
     cells = [(column, line.cells[column]) for column in columns]
     params, flops = (MISSING, MISSING)
     if line.size:
-        params, flops = millions(line.size[0]), f"{line.size[1] / 1e6:.0f}"
+        params, flops = millions(line.size[0]), mflops(line.size[1])
     first = [Text(name), Text("ours")]
     first += [
         number(cell.ours, ours[column].get(line.name, ""), _mark(cell), cell.spread)

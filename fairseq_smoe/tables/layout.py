@@ -68,3 +68,8 @@ def number(value, emphasis="", mark="", spread=None, signed=False, digits=2):
 def millions(value):
     """``148_700_000 -> "148.7M"``"""
     return f"{value / 1e6:.1f}M"
+
+
+def mflops(value):
+    """``192_400_000 -> "192"``, ``2_600_000 -> "2.6"``"""
+    return f"{value / 1e6:.0f}" if value >= 1e8 else f"{value / 1e6:.1f}"

@@ -5,7 +5,7 @@ from fairseq_smoe.significance import SIGNIFICANT
 from fairseq_smoe.tables import conditions
 from fairseq_smoe.tables.benchmark_table import emphasis_note, significance_note
 from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
-from fairseq_smoe.tables.layout import Layout, Section, Text, millions, number
+from fairseq_smoe.tables.layout import Layout, Section, Text, mflops, millions, number
 
 MEAN, MEAN_OF_ALL = "mean", "mean of all"
 
@@ -96,9 +96,7 @@ def lay_out(lines, evaluations, subset, metric, baseline, tests):
             row.append(number(cell.ours, best[key].get(line.name, ""), _mark(cell)))
         row += [number(evaluation.requested_capacity(side)) for side in ("encoder", "decoder")]
         size = line.size
-        row += (
-            [Text(millions(size[0])), Text(f"{size[1] / 1e6:.0f}")] if size else [number(None)] * 2
-        )
+        row += [Text(millions(size[0])), Text(mflops(size[1]))] if size else [number(None)] * 2
         rows.append(row)
     settings = conditions.settings_text(evaluations[0])
     notes = [emphasis_note()] if len(lines) > 1 else []
