@@ -8,6 +8,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from importlib import resources
 from pathlib import Path
 
@@ -168,7 +169,11 @@ def load(name):
     except UnicodeDecodeError as error:
         raise OptionError(f"{name}: is no UTF-8 text ({error.reason}); save it as such") from error
     try:
-        benchmark = _build(path.stem, _completed(json.loads(text)))
+        own = json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"{name}: is no JSON: {error}") from error
+    try:
+        benchmark = _build(path.stem, _completed(own))
         check_benchmark(benchmark)
         return benchmark
     except KeyError as error:
@@ -209,6 +214,9 @@ def _without_figures(fields):
 
 def _build(name, fields):
     fields = dict(fields)
+    known = {field.name for field in dataclass_fields(Benchmark)} - {"name", "scored_columns"}
+    if unknown := fields.keys() - known - {"columns"}:
+        raise ValueError(f"{sorted(unknown)[0]}: no such entry")
     languages = fields.pop("languages")
     if languages == "opus100.tsv":
         languages = _from_table((_FOLDER / languages).read_text(encoding="utf-8"))

@@ -29,6 +29,8 @@ def check_benchmark(benchmark):
         _check_positive(name, getattr(benchmark, name))
     for name in SIZES:
         _check_positive(f"size {name}", benchmark.size.get(name))
+    for name in sorted(benchmark.size.keys() - set(SIZES)):
+        raise ValueError(f"size: {name} is none of {', '.join(SIZES)}")
     for option, entry in benchmark.training.items():
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise ValueError(f'training {option}: expected ["VALUE", "where it comes from"]')

@@ -7,6 +7,7 @@ CSV file that it shows beside it.
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
@@ -42,7 +43,14 @@ def run(args):
     written = draw_curves(runs, target)
     for name, found in runs.items():
         own = target / name if several else target
-        written += draw_run(found, args.subset, own / args.subset)
+        drawn = draw_run(found, args.subset, own / args.subset)
+        written += drawn
+        if not drawn:
+            print(
+                f"{found.folder}: no analysis of {args.subset} to draw; python -m fairseq_smoe "
+                f"analyse --run {found.folder} --subset {args.subset}",
+                file=sys.stderr,
+            )
     if not written:
         raise OptionError(
             f"{', '.join(map(str, args.runs))}: nothing to draw, neither analysis/{args.subset}/ "

@@ -93,9 +93,11 @@ def run(args):
         print(
             f"{benchmark.title}, {row.name}, scale {args.scale}: {processes} process(es) x "
             f"{max_tokens} tokens x {steps} step(s) = {processes * max_tokens * steps} target "
-            f"tokens an update, padding included (wanted: {tokens})",
+            f"tokens an update, padding included (wanted: {tokens}), on "
+            f"{'GPUs' if on_gpu else 'the CPU'}",
             file=sys.stderr,
         )
+    _check_options(command)
     if args.dry_run:
         return
     _check_data(data, benchmark, args)
@@ -116,6 +118,28 @@ def _checked(more):
         if option in ("--update-freq", "--batch-size", "--max-sentences"):
             raise OptionError(f"{option}: follows from --batch-tokens and --max-tokens; give these")
     return more
+
+
+def _check_options(command):
+    """Find what fairseq would refuse, before anything is written.
+
+    Raises:
+        OptionError: says what.
+    """
+    import fairseq_smoe
+
+    fairseq_smoe.register()
+    from fairseq import options as fairseq_options
+
+    from fairseq_smoe.options import SMoETransformerOptions, check_options
+
+    def refuse(message):
+        raise OptionError(f"fairseq-train: {message}")
+
+    parser = fairseq_options.get_training_parser()
+    parser.error = refuse
+    parsed = fairseq_options.parse_args_and_arch(parser, command[1:])
+    check_options(SMoETransformerOptions.from_namespace(parsed))
 
 
 def _precision(on_gpu, fp32, more):
@@ -205,6 +229,6 @@ def _check_data(data, benchmark, args):
     if abs(pieces - expected) > expected // 10:
         print(
             f"warning: {dictionary} has {pieces} pieces, scale {scale} of {benchmark.title} "
-            f"{expected}: the model will differ in size; {remedy} makes data that fits",
+            f"{expected}: the model will have another size than at that scale",
             file=sys.stderr,
         )

@@ -191,3 +191,21 @@ def test_a_folder_is_for_one_training(tmp_path):
     assert "was trained with row Dense, not Vanilla MoE" in done.stderr
     done = train("m4", "dense", "--run", tmp_path, "--cpu", "--dry-run")
     assert "fairseq-train" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--max-updates", "80"], "fairseq-train: unrecognized arguments: --max-updates 80"),
+        (["--smoe-strata", "2-x"], "--smoe-strata '2-x': expected"),
+    ],
+)
+def test_a_mistake_costs_nothing_of_an_earlier_training(options, message, tmp_path):
+    facts = {"benchmark": "m4", "row": "SMoE-4-4", "scale": "tiny", "seed": 42}
+    facts |= {"batch_tokens": 650, "data": "/elsewhere"}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    words = ("m4", "smoe-4-4", "--scale", "tiny", "--cpu", "--run", tmp_path)
+    done = train(*words, *options, check=False)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith(f"error: {message}")
+    assert json.loads((tmp_path / "run.json").read_text()) == facts

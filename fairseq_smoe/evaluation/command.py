@@ -49,7 +49,9 @@ def evaluate(args, training, checkpoint):
     directions = _directions(args, benchmark, saved)
     data = Path(utils.split_paths(saved.task_options.data)[0])
     if not data.is_dir():
-        raise OptionError(f"--data {data}: no such folder; give the output of prepare")
+        raise OptionError(
+            f"{data}: no such data folder; if it was moved, say where it is now with --data"
+        )
     optional = not (args.directions or benchmark)
     subsets = list(dict.fromkeys(args.subset or ["test"]))
     test_sets = [t for s in subsets for t in find_test_sets(data, s, directions, optional)]
