@@ -40,7 +40,7 @@ def write_analysis(folder, directions, subset="valid"):
                 ]
                 tables["strata"] += [(*key, 1, 100, 1.0, 60), (*key, 2, 40, 0.4, 40)]
                 for end, ranks in (("highest", (900, 30, 4000)), ("lowest", (7, 7, 7))):
-                    tables["types"] += [(*key, end, "12", 9, 1.5, 3, rank) for rank in ranks]
+                    tables["types"] += [(*key, end, "12", 9, {"highest": 2.5}.get(end, 1.5), 3, rank) for rank in ranks]
     for name, rows in tables.items():
         write_table(target / f"{name}.csv", COLUMNS[name], rows)
 

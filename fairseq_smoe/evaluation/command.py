@@ -50,7 +50,7 @@ def evaluate(args, training, checkpoint):
     data = Path(utils.split_paths(saved.task_options.data)[0])
     if not data.is_dir():
         raise OptionError(
-            f"{data}: no such data folder; if it was moved, say where it is now with --data"
+            f"{data}: no such folder; if the data was moved, say where to with --data"
         )
     optional = not (args.directions or benchmark)
     subsets = list(dict.fromkeys(args.subset or ["test"]))
