@@ -5,31 +5,17 @@ token of the encoder is one of the source, with its language token and end of se
 the decoder is the input at a position, i.e. the target shifted by one. Padding does not count.
 """
 
-import logging
 import warnings
-from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.runs import add_row_arguments, find_run, read_run
+from fairseq_smoe.runs import add_model_arguments, find_checkpoint, find_training
 
 TRAINING_SAMPLE = 2000
 
 
 def add_arguments(parser):
     parser.description = __doc__
-    add_row_arguments(parser, optional=True)
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="a run folder, instead of BENCHMARK ROW"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="default: RUN/checkpoints/checkpoint_best.pt",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="data folder (default: that of the training)"
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--subset", default="valid", help="train, valid, test, ... (default: %(default)s)"
     )
@@ -68,28 +54,25 @@ def add_arguments(parser):
 
 
 def run(args):
-    # fairseq tells of every file that it opens, hundreds for many directions
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-    from fairseq_smoe.analysis.analysis import analyse
-
     for option in ("max_sentences", "max_tokens", "types", "min_count"):
         value = getattr(args, option)
         least = 0 if option in ("max_sentences", "types") else 1
         if value is not None and value < least:
             raise OptionError(f"--{option.replace('_', '-')} {value}: expected {least} or more")
-    if args.run is not None and args.benchmark is not None:
-        raise OptionError(f"--run {args.run}: give either a run or BENCHMARK ROW, not both")
-    if args.run is None and args.row is None:
-        raise OptionError("BENCHMARK ROW: missing; name the model, or give its folder as --run DIR")
-    found = read_run(args.run) if args.run is not None else find_run(args)
+    training = find_training(args)
+    checkpoint = find_checkpoint(args, training)
     max_sentences = args.max_sentences
     if max_sentences is None:
         max_sentences = TRAINING_SAMPLE if args.subset == "train" else 0
+    from fairseq_smoe.evaluation import set_up_fairseq
+
+    set_up_fairseq()
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+    from fairseq_smoe.analysis.analysis import analyse
+
     analyse(
-        found,
-        checkpoint=args.checkpoint or found.checkpoints / "checkpoint_best.pt",
+        training,
+        checkpoint,
         data=args.data,
         subset=args.subset,
         directions=args.directions and args.directions.split(","),

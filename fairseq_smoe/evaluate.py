@@ -5,31 +5,14 @@ What is done is skipped: an interrupted call goes on where it was.
 
 import argparse
 import sys
-from pathlib import Path
 
-from fairseq_smoe import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.runs import add_row_arguments, find_run, read_run
+from fairseq_smoe.runs import add_model_arguments, find_checkpoint, find_training
 from fairseq_smoe.scoring import add_scoring_options
 
 
 def add_arguments(parser):
-    add_row_arguments(parser, optional=True)
-    parser.add_argument(
-        "--run",
-        type=Path,
-        metavar="DIR",
-        help="instead of BENCHMARK ROW: folder of a model of your own, with checkpoints/",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="(default: checkpoints/checkpoint_best.pt in the run's folder)",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="binarised data (default: that of the training)"
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--directions",
         type=_list,
@@ -98,48 +81,3 @@ def run(args):
         # fairseq's half-made datasets would complain when they are taken apart
         sys.unraisablehook = lambda unraisable: None
         raise
-
-
-def find_training(args):
-    """The :class:`~fairseq_smoe.runs.Run` that is asked for.
-
-    Raises:
-        OptionError: there is none, or more or less than one is asked for.
-    """
-    if args.run is not None:
-        if args.benchmark:
-            raise OptionError(f"--run {args.run}: give either this or BENCHMARK ROW")
-        return read_run(args.run)
-    if not args.benchmark:
-        raise OptionError(
-            f"give BENCHMARK ROW, where BENCHMARK is one of {', '.join(benchmarks.NAMES)}, or the "
-            "folder of a model of your own with --run"
-        )
-    if not args.row:
-        rows = ", ".join(row.slug for row in benchmarks.load(args.benchmark).rows)
-        raise OptionError(f"{args.benchmark}: give one of its rows, too: {rows}")
-    return find_run(args)
-
-
-def find_checkpoint(args, training):
-    """The file to evaluate.
-
-    Raises:
-        OptionError: there is none.
-    """
-    path = args.checkpoint or training.checkpoints / "checkpoint_best.pt"
-    if path.is_file():
-        return path
-    remedy = "train the model first: python -m fairseq_smoe train, or fairseq-train --save-dir "
-    remedy += str(training.checkpoints)
-    if args.benchmark:
-        remedy = (
-            f"train the model first: bash scripts/train.sh {args.benchmark} {training.row.slug} "
-            f"--scale {args.scale} --seed {args.seed} --runs {args.runs}"
-            if training.facts
-            else remedy
-        )
-    others = sorted(training.checkpoints.glob("checkpoint*.pt"))
-    if others:
-        remedy = f"choose one with --checkpoint, e.g. {others[-1]}, or {remedy}"
-    raise OptionError(f"{path}: no such checkpoint; {remedy}")

@@ -101,6 +101,20 @@ def build_on_meta(command_line, vocab_size):
         ``(model, options)``
     """
     from fairseq.data import Dictionary
+
+    from fairseq_smoe.model import SMoETransformer
+
+    options = parse_model_options(command_line)
+    dictionary = Dictionary()
+    for i in range(vocab_size):
+        dictionary.add_symbol(str(i))
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    with torch.device("meta"):
+        return SMoETransformer.build_model(options, task), options
+
+
+def parse_model_options(command_line):
+    """The namespace that fairseq-train makes of model options, leaving out all others."""
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     from fairseq_smoe.model import SMoETransformer
@@ -109,12 +123,6 @@ def build_on_meta(command_line, vocab_size):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--arch")
     SMoETransformer.add_args(parser)
-    given, _ = parser.parse_known_args(command_line)  # leaves out options of the criterion
+    given, _ = parser.parse_known_args(command_line)
     ARCH_CONFIG_REGISTRY[given.arch](given)
-    options = SMoETransformerOptions.from_namespace(given)
-    dictionary = Dictionary()
-    for i in range(vocab_size):
-        dictionary.add_symbol(str(i))
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    with torch.device("meta"):
-        return SMoETransformer.build_model(options, task), options
+    return SMoETransformerOptions.from_namespace(given)

@@ -76,6 +76,26 @@ def add_row_arguments(parser, optional=False):
     )
 
 
+def add_model_arguments(parser):
+    """What names a trained model: BENCHMARK ROW, or a folder, and what to take in their place."""
+    add_row_arguments(parser, optional=True)
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="instead of BENCHMARK ROW: folder of a model of your own, with checkpoints/",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="(default: checkpoints/checkpoint_best.pt in the run's folder)",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="binarised data (default: that of the training)"
+    )
+
+
 def run_folder(runs, benchmark, row, scale, seed):
     """Where the training of a row lies: ``runs/m4-small/vanilla-moe-seed42``."""
     return Path(runs) / f"{benchmark.name}-{scale}" / f"{row.slug}-seed{seed}"
@@ -110,8 +130,52 @@ def find_run(args):
     row = benchmark.row(args.row)
     folder = run_folder(args.runs, benchmark, row, args.scale, args.seed)
     if not folder.is_dir():
-        raise OptionError(
-            f"{folder}: no such run; train it first: bash scripts/train.sh {args.benchmark} "
-            f"{row.slug} --scale {args.scale} --seed {args.seed} --runs {args.runs}"
-        )
+        raise OptionError(f"{folder}: no such run; {_remedy(args, row)}")
     return read_run(folder)
+
+
+def find_training(args):
+    """The :class:`Run` that the options of :func:`add_model_arguments` name.
+
+    Raises:
+        OptionError: there is none, or more or less than one is asked for.
+    """
+    if args.run is not None:
+        if args.benchmark:
+            raise OptionError(f"--run {args.run}: give either this or BENCHMARK ROW")
+        return read_run(args.run)
+    if not args.benchmark:
+        raise OptionError(
+            f"give BENCHMARK ROW, where BENCHMARK is one of {', '.join(benchmarks.NAMES)}, or the "
+            "folder of a model of your own with --run"
+        )
+    if not args.row:
+        rows = ", ".join(row.slug for row in benchmarks.load(args.benchmark).rows)
+        raise OptionError(f"{args.benchmark}: give one of its rows, too: {rows}")
+    return find_run(args)
+
+
+def find_checkpoint(args, training):
+    """The checkpoint that the options of :func:`add_model_arguments` name.
+
+    Raises:
+        OptionError: there is none.
+    """
+    path = args.checkpoint or training.checkpoints / "checkpoint_best.pt"
+    if path.is_file():
+        return path
+    if args.benchmark:
+        remedy = _remedy(args, benchmarks.load(args.benchmark).row(args.row))
+    else:
+        remedy = f"train it first: fairseq-train --save-dir {training.checkpoints}"
+    others = sorted(training.checkpoints.glob("checkpoint*.pt"))
+    if others:
+        remedy = f"choose one with --checkpoint, e.g. {others[-1]}, or {remedy}"
+    raise OptionError(f"{path}: no such checkpoint; {remedy}")
+
+
+def _remedy(args, row):
+    return (
+        f"train it first: bash scripts/train.sh {args.benchmark} {row.slug} --scale {args.scale} "
+        f"--seed {args.seed} --runs {args.runs}"
+    )

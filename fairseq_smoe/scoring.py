@@ -11,7 +11,8 @@ from tqdm import tqdm
 from fairseq_smoe import translation_metrics
 from fairseq_smoe.comet_score import Comet
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.preparation.files import write_whole
+from fairseq_smoe.preparation.files import read_lines, write_whole
+from fairseq_smoe.runs import read_run
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class TranslatedDirection:
             raise OptionError(
                 f"--comet: {path} is missing; COMET needs the source text, one sentence a line"
             )
-        return read_lines(path)
+        return read_lines(path, "evaluate again")
 
     @property
     def has_language_token(self):
@@ -128,7 +129,7 @@ class TranslatedDirection:
 
     def _read(self, suffix):
         paths = [self.folder / f"{self.name}.{side}.{suffix}" for side in ("hyp", "ref")]
-        hypotheses, references = lines = [read_lines(path) for path in paths]
+        hypotheses, references = lines = [read_lines(path, "evaluate again") for path in paths]
         for path, found in zip(paths, lines):
             if len(found) != self.facts["sentences"]:
                 raise OptionError(
@@ -157,18 +158,6 @@ def read_directions(folder):
             f"{folder}: holds no translations; python -m fairseq_smoe evaluate makes them"
         )
     return found
-
-
-def read_lines(path):
-    """The lines of a text file, ended by newlines and nothing else that Unicode knows."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as handle:
-            lines = handle.read().split("\n")
-    except FileNotFoundError:
-        raise OptionError(f"{path}: no such file; evaluate again") from None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: is no UTF-8 text ({error.reason}); evaluate again") from None
-    return lines[:-1] if lines[-1] == "" else lines
 
 
 def choose_metrics(args):
@@ -212,14 +201,9 @@ def _sides(capacity):
 
 def _run_facts(folder):
     """What run.json tells, and the run's name."""
-    run = folder.resolve().parent.parent
-    facts = {}
-    if (run / "run.json").exists():
-        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return {
-        **{key: facts.get(key) for key in ("benchmark", "row", "scale", "seed", "data")},
-        "name": run.name,
-    }
+    run = read_run(folder.resolve().parent.parent)
+    facts = {key: run.facts.get(key) for key in ("benchmark", "row", "scale", "seed", "data")}
+    return {**facts, "name": run.name}
 
 
 def _common_facts(folder, directions):

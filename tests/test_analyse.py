@@ -281,7 +281,7 @@ def test_other_text_starts_anew(run_folder, data, tmp_path):
     "options, words",
     [
         (["--directions", "en-xx"], "--directions en-xx: no valid sentences"),
-        (["--checkpoint", "missing.pt"], "--checkpoint missing.pt: no such file"),
+        (["--checkpoint", "missing.pt"], "missing.pt: no such checkpoint"),
         (["--checkpoint", __file__], "cannot be read as a checkpoint"),
         (["--max-tokens", "0"], "--max-tokens 0: expected 1 or more"),
         (["--data", "missing-data"], "missing-data: no such data folder"),

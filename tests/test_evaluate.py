@@ -312,7 +312,7 @@ def test_missing_checkpoint_of_a_run(tmp_path, capsys):
     outcome = toy_task.run(*words, check=False)
     assert outcome.returncode == 1 and outcome.stderr.count("\n") == 1
     assert f"{run}/checkpoints/checkpoint_best.pt: no such checkpoint" in outcome.stderr
-    assert "train the model first: " in outcome.stderr
+    assert "train it first: bash scripts/train.sh m4 dense " in outcome.stderr
 
 
 def test_a_file_that_is_no_checkpoint(run, tmp_path, capsys):

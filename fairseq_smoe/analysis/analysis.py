@@ -20,6 +20,7 @@ from fairseq_smoe.analysis.passes import (
 from fairseq_smoe.analysis.tables import COLUMNS, routing_rows, type_rows, write_table
 from fairseq_smoe.data_manager import find_shards
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.saved_model import identify
 from fairseq_smoe.preparation.files import write_whole
 
 
@@ -50,7 +51,6 @@ def analyse(
     Raises:
         OptionError: something named is not there.
     """
-    checkpoint = Path(checkpoint)
     model, task, updates = load_model(checkpoint, data)
     dictionary = task.source_dictionary
     collector = RoutingCollector(model, len(dictionary))
@@ -62,14 +62,8 @@ def analyse(
     folder = run.folder / "analysis" / subset
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    status = checkpoint.stat()
     made_from = {
-        "checkpoint": {
-            "file": str(checkpoint.resolve()),
-            "size": status.st_size,
-            "mtime": status.st_mtime_ns,
-            "num_updates": updates,
-        },
+        "checkpoint": {**identify(checkpoint), "num_updates": updates},
         "data": str(Path(task.args.data).resolve()),
         "files": _fingerprint(task.args.data, subset),
         "max_sentences": max_sentences,

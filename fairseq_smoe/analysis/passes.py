@@ -5,12 +5,10 @@ import zlib
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.data import data_utils
 
-import fairseq_smoe
-from fairseq_smoe.errors import OptionError
-from fairseq_smoe.evaluation.saved_model import read_saved_model
+from fairseq_smoe.evaluation.saved_model import read_saved_model, trained_directions
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +24,13 @@ def load_model(checkpoint, data=None):
         ``(model, task, number of updates)``
 
     Raises:
-        OptionError: the checkpoint or the data folder is missing, or it is no checkpoint.
+        OptionError: it is no checkpoint of this project's task, or the data is of another.
     """
-    fairseq_smoe.register()
-    if not checkpoint.is_file():
-        raise OptionError(
-            f"--checkpoint {checkpoint}: no such file; name one of the training, such as "
-            "checkpoint_last.pt"
-        )
-    overrides = {"source_lang": None, "target_lang": None}
-    if data is not None:
-        overrides["data"] = str(data)
-    state = read_saved_model(checkpoint, data).state
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides=overrides, state=state
-    )
-    history = state.get("optimizer_history") or [{}]
+    saved = read_saved_model(checkpoint, data)
+    model, task = saved.build(trained_directions(saved))
     if torch.cuda.is_available():
         model = model.cuda()
-    return model.eval(), task, history[-1].get("num_updates")
+    return model, task, saved.num_updates
 
 
 def direction_datasets(task, subset):

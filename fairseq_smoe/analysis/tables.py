@@ -131,3 +131,20 @@ def _number(text):
         return int(text)
     except ValueError:
         return float(text)
+
+
+def mean_capacities(rows, *columns):
+    """Mean requested capacity over the tokens of all rows that agree in ``columns``.
+
+    Args:
+        rows: of the table ``capacity``.
+
+    Returns:
+        ``{values of the columns: (passes per token, tokens)}``, in the order of the rows.
+    """
+    sums = {}
+    for row in rows:
+        mean = sums.setdefault(tuple(row[column] for column in columns), [0.0, 0])
+        mean[0] += row["requested_capacity"] * row["tokens"]
+        mean[1] += row["tokens"]
+    return {key: (total / max(tokens, 1), tokens) for key, (total, tokens) in sums.items()}

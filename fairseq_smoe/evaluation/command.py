@@ -76,7 +76,7 @@ def evaluate(args, training, checkpoint):
         for test_set in waiting:
             folders[test_set.subset].forget(test_set.direction)
         model, task = saved.build(directions)
-        extra = {**_run_facts(training, saved), "model": _model_facts(model, saved)}
+        facts = {"model": _model_facts(model, saved)}
         tokens = args.max_tokens or (CPU_TOKENS if devices[0].type == "cpu" else GPU_TOKENS)
         if len(devices) == 1:
             translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
@@ -86,8 +86,8 @@ def evaluate(args, training, checkpoint):
         _translate(translate, waiting, sentences, folders)
         if not args.no_score:
             for subset, folder in folders.items():
-                scores = score_folder(folder.path, args, {"subset": subset, **extra})
-                print(f"\n{extra['name']}, {subset}\n\n{score_table(scores)}")
+                scores = score_folder(folder.path, args, facts)
+                print(f"\n{scores['name']}, {subset}\n\n{score_table(scores)}")
 
 
 def load_translator(checkpoint, data, directions, settings, device, tokens):
@@ -138,11 +138,6 @@ def _directions(args, benchmark, saved):
                     f"{', '.join(languages)}"
                 )
     return list(dict.fromkeys(args.directions))
-
-
-def _run_facts(training, saved):
-    facts = {key: training.facts.get(key) for key in ("benchmark", "row", "scale", "seed")}
-    return {**facts, "name": training.folder.resolve().name, "num_updates": saved.num_updates}
 
 
 def _model_facts(model, saved):

@@ -9,8 +9,8 @@ from pathlib import Path
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.test_set import to_text
 from fairseq_smoe.preparation.files import only_process_in, remove_unfinished, write_whole
+from fairseq_smoe.scoring import SCORES_FILE
 
-SCORES_FILE = "scores.json"
 TEXT_FILES = ("hyp.pieces", "hyp.txt", "ref.pieces", "ref.txt", "src.txt")
 
 

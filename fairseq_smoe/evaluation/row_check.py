@@ -1,10 +1,9 @@
 """Whether a checkpoint is of the row of the paper's table that it is taken for."""
 
-import argparse
 from dataclasses import fields
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.model import SMoETransformer
+from fairseq_smoe.flops import parse_model_options
 from fairseq_smoe.options import RoutingOptions, check_options, resolve_strata
 from fairseq_smoe.strata import format_strata
 from fairseq_smoe.training_command import model_options
@@ -24,7 +23,7 @@ def check_row(benchmark, row, scale, saved):
     """
     training = {option: value for option, (value, _source) in benchmark.training.items()}
     words = [word for pair in training.items() for word in pair]
-    expected = _routing(_parse([*words, *model_options(benchmark, row, scale)]))
+    expected = _routing(parse_model_options([*words, *model_options(benchmark, row, scale)]))
     found = _routing(saved.model_options)
     for name, value in expected.items():
         if found[name] != value:
@@ -33,19 +32,6 @@ def check_row(benchmark, row, scale, saved):
                 f"the row {row.slug} of {benchmark.name} has {value}; name the row that it was "
                 "trained for, or evaluate it as a model of your own with --run and --checkpoint"
             )
-
-
-def _parse(words):
-    from fairseq.models import ARCH_CONFIG_REGISTRY
-
-    from fairseq_smoe.options import SMoETransformerOptions
-
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--arch")
-    SMoETransformer.add_args(parser)
-    given, _ = parser.parse_known_args(words)  # leaves out those of criterion and optimizer
-    ARCH_CONFIG_REGISTRY[given.arch](given)
-    return SMoETransformerOptions.from_namespace(given)
 
 
 def _routing(options):

@@ -1,5 +1,7 @@
 """What ``scores.json`` holds, for the terminal."""
 
+from fairseq_smoe.tables.markdown import aligned
+
 COLUMNS = {"encoder": "RC enc", "decoder": "RC dec"}
 
 
@@ -17,21 +19,12 @@ def score_table(scores):
             *(capacity.get(side) for side in COLUMNS),
         ]
     rows["mean"] = [_mean(column) for column in zip(*rows.values())]
-    table = [["", *scores["metrics"], *COLUMNS.values()]] + [
+    header = ["", *scores["metrics"], *COLUMNS.values()]
+    table = [
         [name, *("" if value is None else f"{value:.2f}" for value in values)]
         for name, values in rows.items()
     ]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))
-        )
-        + " |"
-        for line in table
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join(aligned(header, table, left=1))
 
 
 def _mean(values):

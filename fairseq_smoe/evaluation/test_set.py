@@ -9,8 +9,8 @@ from fairseq.data import indexed_dataset
 from fairseq_smoe.data_manager import find_pairs, pair_of
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.saved_model import subsets_in
-
-UNKNOWN = "<unk>"
+from fairseq_smoe.preparation.files import read_lines
+from fairseq_smoe.translation_metrics import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,7 @@ def read_text(side):
         OptionError: it is no UTF-8 text.
     """
     path = Path(f"{side}.txt")
-    try:
-        with open(path, encoding="utf-8", newline="\n") as handle:
-            return [line.removesuffix("\n") for line in handle]
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: is no UTF-8 text ({error.reason}); prepare it again") from None
+    return read_lines(path, "prepare it again") if path.exists() else None
 
 
 def to_text(pieces):

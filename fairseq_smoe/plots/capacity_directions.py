@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fairseq_smoe.analysis.tables import mean_capacities
 from fairseq_smoe.plots.style import (
     SIDES,
     Band,
@@ -25,15 +26,10 @@ def side_means(rows):
     Returns:
         ``{direction: {"encoder": passes, "decoder": passes}}``; a side without blocks is left out.
     """
-    sums = {}
-    for row in rows:
-        mean = sums.setdefault(row["direction"], {}).setdefault(row["side"], [0.0, 0])
-        mean[0] += row["requested_capacity"] * row["tokens"]
-        mean[1] += row["tokens"]
-    return {
-        direction: {side: total / max(tokens, 1) for side, (total, tokens) in sides.items()}
-        for direction, sides in sums.items()
-    }
+    sides = {}
+    for (direction, side), (passes, _) in mean_capacities(rows, "direction", "side").items():
+        sides.setdefault(direction, {})[side] = passes
+    return sides
 
 
 def plot_capacity(capacities, title, path, bands=None):

@@ -1,5 +1,6 @@
 """Mean requested capacity per block, over all directions (paper, Figure 4)."""
 
+from fairseq_smoe.analysis.tables import mean_capacities
 from fairseq_smoe.plots.style import SIDES, bare, plt, save
 
 
@@ -12,13 +13,9 @@ def layer_means(rows):
     Returns:
         rows ``(side, block, layer, requested capacity, tokens)``, encoder first.
     """
-    sums = {}
-    for row in rows:
-        mean = sums.setdefault((row["side"], row["block"], row["layer"]), [0.0, 0])
-        mean[0] += row["requested_capacity"] * row["tokens"]
-        mean[1] += row["tokens"]
-    order = sorted(sums, key=lambda key: (list(SIDES).index(key[0]), key[1]))
-    return [(*key, round(sums[key][0] / max(sums[key][1], 1), 6), sums[key][1]) for key in order]
+    means = mean_capacities(rows, "side", "block", "layer")
+    order = sorted(means, key=lambda key: (list(SIDES).index(key[0]), key[1]))
+    return [(*key, round(means[key][0], 6), means[key][1]) for key in order]
 
 
 def plot_layers(means, title, path):

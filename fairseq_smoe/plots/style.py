@@ -51,11 +51,8 @@ def arrange(directions, benchmark=None):
     """
     directions = list(directions)
     centre = benchmark.english if benchmark else common_language(directions)
-    resources = (
-        {language.code: language.resource for language in benchmark.languages}
-        if (benchmark)
-        else {}
-    )
+    languages = benchmark.languages if benchmark else ()
+    resources = {language.code: language.resource for language in languages}
     order = {code: i for i, code in enumerate(by_resource(benchmark))}
     out_of, into, others = [], [], []
     for direction in directions:

@@ -73,3 +73,22 @@ def only_process_in(folder):
         except OSError:
             pass  # not every network file system has locks
         yield
+
+
+def read_lines(path, remedy):
+    """The lines of a text file, ended by newlines and nothing else that Unicode knows.
+
+    Args:
+        remedy: ends the message of an error.
+
+    Raises:
+        OptionError: it is missing, or no UTF-8 text.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="\n") as handle:
+            lines = handle.read().split("\n")
+    except FileNotFoundError:
+        raise OptionError(f"{path}: no such file; {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: is no UTF-8 text ({error.reason}); {remedy}") from None
+    return lines[:-1] if lines[-1] == "" else lines

@@ -13,7 +13,7 @@ def render(layout):
         if title:
             lines += [f"{title}:", ""]
         cells = [row[:first] + [row[column] for column in columns] for row in rows]
-        lines += [*_aligned([*layout.stub, *headers], cells, first), ""]
+        lines += [*aligned([*layout.stub, *headers], cells, first), ""]
     lines += [f"* {note}" for note in layout.notes]
     lines += [f"* **Warning:** {warning}" for warning in layout.warnings]
     return "\n".join(lines).rstrip() + "\n"
@@ -51,7 +51,7 @@ def _escape(text):
     return text.replace("|", "\\|").replace("_", "\\_")
 
 
-def _aligned(header, rows, left):
+def aligned(header, rows, left):
     """Lines of a Markdown table, the first ``left`` columns aligned to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
 
