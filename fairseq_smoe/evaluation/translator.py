@@ -143,9 +143,7 @@ class Translator:
                 self.meter.restore(counted)
                 raise
             for i, tokens in best:
-                hypotheses[i] = task.target_dictionary.string(
-                    tokens, extra_symbols_to_ignore=ignored
-                )
+                hypotheses[i] = _pieces(task.target_dictionary, tokens, ignored)
             progress(len(batch))
 
         started = time.perf_counter()
@@ -157,8 +155,8 @@ class Translator:
         del capacity["sentences"]
         return Translation(
             hypotheses,
-            [task.target_dictionary.string(s["target"], None, False, special) for s in samples],
-            [task.source_dictionary.string(s["source"], None, False, special) for s in samples],
+            [_pieces(task.target_dictionary, sample["target"], special) for sample in samples],
+            [_pieces(task.source_dictionary, sample["source"], special) for sample in samples],
             capacity,
             seconds,
         )
@@ -184,3 +182,8 @@ class Translator:
         if target:
             tokens.add(manager.get_decoder_langtok(task.args.target_lang, target))
         return tokens
+
+
+def _pieces(dictionary, tokens, ignored):
+    """Pieces joined by spaces; ``tokens`` as a list, since fairseq looks at every single one."""
+    return dictionary.string(tokens.tolist(), extra_symbols_to_ignore=ignored)
