@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_smoe.routing import gate_logits
+from fairseq_smoe.selection import select
 from fairseq_smoe.smoe_block import SMoEBlock
 from fairseq_smoe.strata import own_experts
 
@@ -27,18 +28,20 @@ class StackedMoEBlock(SMoEBlock):
     def _num_norms(self):
         return 1
 
-    def _run(self, tokens_TD):
-        expert_weights = self.experts.unbind()
-        y_TD = self.norms[0](tokens_TD)
+    def _run(self, tokens_TD, real_T):
+        shared = self.experts.share()
+        here = select(tokens_TD, real_T, may_wait=not shared.grouped)
+        x_HD = here.take(tokens_TD)
+        y_HD = self.norms[0](x_HD)
         gates, losses = [], []
         for i in range(len(self.strata)):
-            y_TD, record, loss = self._visit(y_TD, i, expert_weights)
+            y_HD, record, loss = self._visit(y_HD, i, shared, here.mask_H)
             gates.append(record)
             losses.append(loss)
-        passes_T = torch.full(
-            (len(tokens_TD),), len(self.strata), dtype=torch.long, device=tokens_TD.device
-        )
-        return tokens_TD + F.dropout(y_TD, self.dropout, self.training), passes_T, gates, losses
+        out_HD = x_HD + F.dropout(y_HD, self.dropout, self.training)
+        passes_T = torch.zeros(len(tokens_TD), dtype=torch.long, device=tokens_TD.device)
+        passes_T = here.put(passes_T, here.take(passes_T) + len(self.strata))
+        return here.put(tokens_TD, out_HD), passes_T, gates, losses
 
 
 class CMRBlock(nn.Module):

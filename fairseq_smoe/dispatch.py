@@ -1,11 +1,12 @@
 """Moving tokens to their experts and back by index.
 
 Letters in names: T tokens at the gate, D model dim, E experts the gate sees, K choices per token,
-N rows (token-choice pairs that found room), sorted by expert. No tensor here is larger than N x D.
+N rows (token-choice pairs), sorted by expert. No tensor here is larger than N x D.
 """
 
 from dataclasses import dataclass
-from typing import List, Optional
+from functools import cached_property
+from typing import Optional
 
 import torch
 
@@ -17,17 +18,36 @@ class Dispatch:
     Attributes:
         row_choice_N: index of the row's choice in the flattened (K, T) table.
         row_token_N: token of each row.
-        rows_per_expert: length E, sums to N.
+        rows_E: number of rows of each expert.
         kept_KT: False where the expert was full; None when there was no limit.
+        valid_N: where shapes may not depend on the choices, N is K * T and the rows behind those
+            of the last expert are no expert's: False there. Otherwise None.
     """
 
     row_choice_N: torch.Tensor
     row_token_N: torch.Tensor
-    rows_per_expert: List[int]
+    rows_E: torch.Tensor
     kept_KT: Optional[torch.Tensor]
+    valid_N: Optional[torch.Tensor]
+
+    @cached_property
+    def rows_per_expert(self):
+        """``rows_E`` as a list; waits for the device."""
+        return self.rows_E.tolist()
+
+    @cached_property
+    def ends_E(self):
+        """Where each expert's rows end, int32."""
+        return self.rows_E.cumsum(0).int()
+
+    @cached_property
+    def row_expert_N(self):
+        """Expert of each row; the last one for rows that are no expert's."""
+        rows = torch.arange(len(self.row_token_N), device=self.ends_E.device, dtype=torch.int32)
+        return torch.searchsorted(self.ends_E, rows, right=True).clamp(max=len(self.rows_E) - 1)
 
 
-def plan_dispatch(experts_KT, num_experts, capacity=None):
+def plan_dispatch(experts_KT, num_experts, capacity=None, here_T=None):
     """Sort token-choice pairs by expert and drop those beyond its capacity.
 
     The queue of an expert holds all first choices in token order, then the second choices in token
@@ -37,30 +57,39 @@ def plan_dispatch(experts_KT, num_experts, capacity=None):
     Args:
         experts_KT: chosen experts.
         num_experts: E.
-        capacity: rows per expert; None for no limit.
+        capacity: rows per expert, a number or a scalar tensor; None for no limit.
+        here_T: the tokens that are to be dispatched, and the wish for shapes that do not depend on
+            that, or on the choices: nothing here waits for the device then. None for all tokens.
     """
     num_tokens = experts_KT.shape[1]
     chosen = experts_KT.reshape(-1)  # first choices come first, which the stable sort preserves
+    if here_T is not None:
+        chosen = torch.where(here_T, experts_KT, num_experts).reshape(-1)  # behind all experts
     row_choice_N = torch.argsort(chosen, stable=True)
-    counts_E = torch.bincount(chosen, minlength=num_experts)
+    # bincount would wait for the device
+    rows_E = chosen.new_zeros(num_experts + 1).index_add(0, chosen, torch.ones_like(chosen))
     kept_KT = None
     if capacity is not None:
-        start_E = counts_E.cumsum(0) - counts_E
+        start_E = rows_E.cumsum(0) - rows_E
         place = torch.arange(len(chosen), device=chosen.device) - start_E[chosen[row_choice_N]]
         has_room = place < capacity
-        kept_KT = torch.empty_like(chosen, dtype=torch.bool)
-        kept_KT[row_choice_N] = has_room
+        kept_KT = torch.empty_like(has_room).index_copy(0, row_choice_N, has_room)
+        if here_T is None:
+            row_choice_N = row_choice_N[has_room]
+        else:
+            row_choice_N = torch.argsort(torch.where(kept_KT, chosen, num_experts), stable=True)
         kept_KT = kept_KT.view_as(experts_KT)
-        row_choice_N = row_choice_N[has_room]
-        counts_E = counts_E.clamp(max=capacity)
-    return Dispatch(
-        row_choice_N, row_choice_N % max(num_tokens, 1), counts_E.tolist(), kept_KT
-    )
+        rows_E = rows_E.clamp(max=capacity)
+    rows_E = rows_E[:num_experts]
+    valid_N = None
+    if here_T is not None:
+        valid_N = torch.arange(len(chosen), device=chosen.device) < rows_E.sum()
+    return Dispatch(row_choice_N, row_choice_N % max(num_tokens, 1), rows_E, kept_KT, valid_N)
 
 
 def gather_rows(tokens_TD, dispatch):
     """Copy every token to its rows: (T, D) -> (N, D)."""
-    return tokens_TD.index_select(0, dispatch.row_token_N)
+    return _only_valid(tokens_TD.index_select(0, dispatch.row_token_N), dispatch)
 
 
 def combine_rows(rows_ND, weights_KT, dispatch):
@@ -69,5 +98,13 @@ def combine_rows(rows_ND, weights_KT, dispatch):
     A token adds at most two rows to zero, so the result does not depend on the order of addition.
     """
     weights_N = weights_KT.reshape(-1)[dispatch.row_choice_N].to(rows_ND.dtype)
+    weighted_ND = _only_valid(rows_ND, dispatch) * weights_N.unsqueeze(1)
     out_TD = rows_ND.new_zeros(weights_KT.shape[1], rows_ND.shape[1])
-    return out_TD.index_add(0, dispatch.row_token_N, rows_ND * weights_N.unsqueeze(1))
+    return out_TD.index_add(0, dispatch.row_token_N, weighted_ND)
+
+
+def _only_valid(rows_ND, dispatch):
+    """Zero in the rows that are no expert's, and in their gradient: both may be undefined."""
+    if dispatch.valid_N is None:
+        return rows_ND
+    return rows_ND.masked_fill(dispatch.valid_N.logical_not().unsqueeze(1), 0)

@@ -1,10 +1,26 @@
 """The experts of a block: E feed-forward networks held in stacked parameters."""
 
+import functools
+import logging
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fairseq_smoe.grouped_linear import (
+    ALIGNMENT,
+    SharedWeight,
+    expert_linear,
+    grouped_linear,
+    grouped_mm_is_fast,
+    grouped_mm_takes,
+)
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "loop", "grouped_mm")
 
 
 class Experts(nn.Module):
@@ -12,10 +28,28 @@ class Experts(nn.Module):
 
     Parameters are stacked over experts in stratum order: ``fc1_weight`` (E, D, F), ``fc1_bias``
     (E, F), ``fc2_weight`` (E, F, D), ``fc2_bias`` (E, D).
+
+    Args:
+        num_experts, embed_dim, ffn_dim: E, D, F.
+        activation_fn: element by element.
+        activation_dropout: on the hidden units.
+        backend: "loop" multiplies expert by expert; "grouped_mm" by torch's function of that name,
+            without waiting for the device; "auto" takes that where torch has a kernel for it.
     """
 
-    def __init__(self, num_experts, embed_dim, ffn_dim, activation_fn=F.relu, activation_dropout=0.0):
+    def __init__(
+        self,
+        num_experts,
+        embed_dim,
+        ffn_dim,
+        activation_fn=F.relu,
+        activation_dropout=0.0,
+        backend="auto",
+    ):
         super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
+        self.backend = backend
         self.activation_fn = activation_fn
         self.activation_dropout = activation_dropout
         self.fc1_weight = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))
@@ -31,37 +65,71 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
-    def unbind(self):
-        """One (fc1_weight, fc1_bias, fc2_weight, fc2_bias) per expert.
+    def share(self):
+        """:class:`SharedExperts` for one forward pass of a block.
 
-        Called once per block forward and shared by its passes: the gradients of all experts are
-        then stacked once, instead of once per pass.
+        Raises:
+            ValueError: backend "grouped_mm" cannot multiply with these weights.
         """
-        return list(
-            zip(
-                self.fc1_weight.unbind(),
-                self.fc1_bias.unbind(),
-                self.fc2_weight.unbind(),
-                self.fc2_bias.unbind(),
+        parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        device, dtype = self.fc1_weight.device.type, self.fc1_weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        w1, b1, w2, b2 = (parameter.to(dtype) for parameter in parameters)
+        grouped = grouped_mm_is_fast(w1) if self.backend == "auto" else self.backend != "loop"
+        if grouped and not grouped_mm_takes(w1):
+            raise ValueError(
+                f"backend='grouped_mm': cannot take experts of {tuple(w1.shape[1:])} {w1.dtype}; "
+                f"needs rows of a multiple of {ALIGNMENT} bytes, and no float64"
             )
-        )
+        _log_once("grouped_mm" if grouped else "loop", device, dtype)
+        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped)
 
-    def forward(self, rows_ND, rows_per_expert, expert_weights):
+    def forward(self, rows_ND, dispatch, shared, experts):
         """Apply to each run of rows its expert.
 
         Args:
             rows_ND: rows sorted by expert.
-            rows_per_expert: length of each expert's run; sums to N.
-            expert_weights: the entries of :meth:`unbind` that belong to the runs.
+            dispatch: :class:`~fairseq_smoe.dispatch.Dispatch` of the rows.
+            shared: what :meth:`share` returned.
+            experts: ``range`` of those that the runs belong to.
 
         Returns:
             (N, D)
         """
+        rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
+        if shared.grouped:
+            hidden_NF = self._activate(grouped_linear(rows_ND, shared.fc1, experts, dispatch))
+            return grouped_linear(hidden_NF, shared.fc2, experts, dispatch)
+        runs = zip(experts, rows_ND.split(dispatch.rows_per_expert))
+        # without any row one expert takes part nevertheless: the weights then have a gradient, zero
+        busy = [(e, run_MD) for e, run_MD in runs if len(run_MD)] or [(experts.start, rows_ND)]
         outputs = []
-        for run_MD, (w1, b1, w2, b2) in zip(rows_ND.split(rows_per_expert), expert_weights):
-            # in training an idle expert takes part with no row, so that it has a (zero) gradient
-            if len(run_MD) or self.training:
-                hidden_MF = self.activation_fn(torch.addmm(b1, run_MD, w1))
-                hidden_MF = F.dropout(hidden_MF, self.activation_dropout, self.training)
-                outputs.append(torch.addmm(b2, hidden_MF, w2))
-        return torch.cat(outputs) if outputs else rows_ND
+        # expert by expert, so that a run's hidden units are still in the cache for the second layer
+        for e, run_MD in busy:
+            hidden_MF = self._activate(expert_linear(run_MD, shared.fc1, e))
+            outputs.append(expert_linear(hidden_MF, shared.fc2, e))
+        return torch.cat(outputs)
+
+    def _activate(self, hidden_NF):
+        hidden_NF = self.activation_fn(hidden_NF)
+        return F.dropout(hidden_NF, self.activation_dropout, self.training)
+
+
+@functools.cache
+def _log_once(backend, device, dtype):
+    logger.info(f"experts multiply by {backend} ({dtype}, {device})")
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """The weights of both layers for all passes of a block.
+
+    Attributes:
+        fc1, fc2: :class:`~fairseq_smoe.grouped_linear.SharedWeight`
+        grouped: whether ``grouped_mm`` multiplies, so that nothing has to be known on the host.
+    """
+
+    fc1: SharedWeight
+    fc2: SharedWeight
+    grouped: bool

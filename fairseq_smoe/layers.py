@@ -32,6 +32,7 @@ def build_expert_block(cfg, side):
         second_expert_policy=cfg.moe_second_expert_policy,
         norm=cfg.smoe_norm,
         eom=cfg.moe_eom,
+        expert_backend=cfg.moe_expert_backend,
         **ffn_options,
     )
     if cfg.moe_cmr:

@@ -12,10 +12,15 @@ from fairseq.models.transformer.transformer_config import (
 )
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.experts import BACKENDS
 from fairseq_smoe.smoe_block import NORMS, SECOND_EXPERT_POLICIES
 from fairseq_smoe.strata import format_strata, parse_strata
 
 DEFAULT_STRATA = "4-4"
+GROUPED_MULTIPLE = 8  # 16 bytes of half precision
+_WIDTHS = tuple(
+    f"{side}_{width}" for side in ("encoder", "decoder") for width in ("embed_dim", "ffn_embed_dim")
+)
 
 
 def _option(default, text):
@@ -67,6 +72,12 @@ class RoutingOptions(FairseqDataclass):
     smoe_norm: str = _option(
         "paper",
         "'paper' follows the paper's equations; 'released' computes what the authors' code does",
+    )
+    moe_expert_backend: str = _option(
+        "auto",
+        "how the experts multiply: 'loop' one by one, 'grouped_mm' all in one call of torch's "
+        "function of that name, without waiting for the GPU; 'auto' takes that where it has a "
+        "kernel (bfloat16 on GPUs from Ampere on). Changes speed only",
     )
     moe_gating_use_fp32: bool = _option(
         True, "kept for old command lines: gates compute in float32 in any case"
@@ -161,6 +172,7 @@ def check_options(options):
     for name, choices in (
         ("smoe_norm", NORMS),
         ("moe_second_expert_policy", SECOND_EXPERT_POLICIES),
+        ("moe_expert_backend", BACKENDS),
     ):
         value = getattr(options, name)
         if value not in choices:
@@ -168,7 +180,17 @@ def check_options(options):
     for name in ("moe_eom", "cmr_gate_drop"):
         value = getattr(options, name)
         if not 0 <= value < 1:
-            raise OptionError(f"{_flag(name)} {value}: expected a fraction from 0 up to, but not, 1")
+            raise OptionError(
+                f"{_flag(name)} {value}: expected a fraction from 0 up to, but not, 1"
+            )
+    if options.moe_expert_backend == "grouped_mm":
+        for name in _WIDTHS:
+            value = getattr(options, name)
+            if value is not None and value % GROUPED_MULTIPLE:
+                raise OptionError(
+                    f"--moe-expert-backend grouped_mm with {_flag(name)} {value}: expected a "
+                    f"multiple of {GROUPED_MULTIPLE}, or another backend"
+                )
     if options.moe_capacity_factor < 0:
         raise OptionError(
             f"--moe-capacity-factor {options.moe_capacity_factor}: expected 0 (no limit) or more"
@@ -183,8 +205,10 @@ def check_options(options):
 
     if _count_expert_layers(options) == 0:
         wants_experts = options.smoe_strata is not None or options.moe_expert_count is not None
-        if wants_experts or expert_layer_period(options, "encoder") or expert_layer_period(
-            options, "decoder"
+        if (
+            wants_experts
+            or expert_layer_period(options, "encoder")
+            or expert_layer_period(options, "decoder")
         ):
             raise OptionError(
                 f"--moe-freq {options.moe_freq} makes none of {options.encoder_layers}+"

@@ -46,8 +46,14 @@ def choose_experts(logits_TE, top_k, sample_second=False):
 def expert_capacity(num_tokens, num_experts, factor):
     """Rows an expert takes in training: ``factor`` times the even share, rounded up before the
     factor applies (paper, section 4.3, with factor 2; the rounding is that of the authors' runs).
+
+    Args:
+        num_tokens: a number, or a scalar tensor for a capacity that is one, too.
     """
-    return int(factor * math.ceil(num_tokens / num_experts))
+    even_share = -(-num_tokens // num_experts)
+    if isinstance(even_share, torch.Tensor):
+        return (even_share * factor).floor().long()
+    return math.floor(even_share * factor)
 
 
 def combine_weights(scores_TE, experts_KT, kept_KT=None):
@@ -73,13 +79,18 @@ def combine_weights(scores_TE, experts_KT, kept_KT=None):
     return weights_KT
 
 
-def balance_loss(scores_TE, first_T):
+def balance_loss(scores_TE, first_T, here_T=None):
     """Load balance of one gate: E * sum over e of f_e * p_e (paper, section 3.2).
 
     f_e is the fraction of tokens whose first choice is e, p_e the mean probability of e. 1 when
     the load is even, E when one expert takes all; 0 when the gate saw no token.
+
+    Args:
+        here_T: the tokens to count; None for all.
     """
     num_tokens, num_experts = scores_TE.shape
-    counts_E = torch.bincount(first_T, minlength=num_experts).to(scores_TE.dtype)
-    share_E = scores_TE.sum(dim=0) / max(num_tokens, 1)
-    return num_experts * (counts_E / max(num_tokens, 1) * share_E).sum()
+    counted_T = torch.ones_like(scores_TE[:, 0]) if here_T is None else here_T.to(scores_TE.dtype)
+    num_tokens = max(num_tokens, 1) if here_T is None else counted_T.sum().clamp(min=1)
+    counts_E = scores_TE.new_zeros(num_experts).index_add(0, first_T, counted_T)
+    share_E = (scores_TE if here_T is None else scores_TE * counted_T.unsqueeze(1)).sum(dim=0)
+    return num_experts * (counts_E / num_tokens * (share_E / num_tokens)).sum()

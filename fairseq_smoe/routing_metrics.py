@@ -22,25 +22,28 @@ def gate_metrics(record):
     """The :data:`GATE_METRICS` of one gate.
 
     Args:
-        record: :class:`~fairseq_smoe.smoe_block.GateRecord` of a gate that saw at least one token.
+        record: :class:`~fairseq_smoe.smoe_block.GateRecord`
 
     Returns:
-        (6,) float32, without gradient and without waiting for the device.
+        (6,) float32, without gradient and without waiting for the device; zeros of a gate that saw
+        no token.
     """
     scores_TE, first_T = record.scores_TE.float(), record.experts_KT[0]
     num_tokens, num_experts = scores_TE.shape
-    percent_E = torch.bincount(first_T, minlength=num_experts).float() * (100 / num_tokens)
+    here_T = scores_TE.new_ones(num_tokens) if record.here_T is None else record.here_T.float()
+    num_here = here_T.sum()
+    share_T = here_T / num_here.clamp(min=1)
+    percent_E = scores_TE.new_zeros(num_experts).index_add(0, first_T, 100 * share_T)
     percent_E = percent_E.sort(descending=True).values
     fifth = math.ceil(num_experts / 5)
-    zero = scores_TE.new_zeros(())
-    overflow = [zero, zero]
+    overflow = [scores_TE.new_zeros(())] * 2
     if record.kept_KT is not None:
         for k, kept_T in enumerate(record.kept_KT):
-            overflow[k] = 100 * (1 - kept_T.float().mean())
-    return torch.stack(
+            overflow[k] = 100 * (share_T * kept_T.logical_not()).sum()
+    return (num_here > 0) * torch.stack(
         [
             *overflow,
-            torch.special.entr(scores_TE).sum(dim=1).mean(),
+            (torch.special.entr(scores_TE).sum(dim=1) * share_T).sum(),
             percent_E[:fifth].sum(),
             percent_E[-fifth:].sum(),
             (percent_E == 0).sum().float(),
@@ -59,14 +62,10 @@ def routing_metrics(stats_by_layer):
         those gates per name in :data:`GATE_METRICS`, and for both sides ``<side>_passes`` (sum of
         requested capacity) and ``<side>_routed`` (number of tokens times layers).
     """
-    seen = [
-        gate_metrics(record)
-        for stats in stats_by_layer.values()
-        for record in stats.gates
-        if len(record.scores_TE)
-    ]
-    sums = torch.stack(seen).sum(dim=0) if seen else torch.zeros(len(GATE_METRICS))
-    result = {"routing_gates": len(seen), **dict(zip(GATE_METRICS, sums.unbind()))}
+    gates = [record for stats in stats_by_layer.values() for record in stats.gates]
+    sums = sum((gate_metrics(record) for record in gates), torch.zeros(()))
+    seen = sum(torch.as_tensor(record.num_tokens) > 0 for record in gates)
+    result = {"routing_gates": seen, **dict(zip(GATE_METRICS, sums.unbind()))}
     for side in ("encoder", "decoder"):
         passes = [s.passes for name, s in stats_by_layer.items() if side in name.split(".")]
         result[f"{side}_passes"] = sum((p.sum().float() for p in passes), torch.zeros(()))

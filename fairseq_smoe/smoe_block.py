@@ -19,6 +19,7 @@ from fairseq_smoe.routing import (
     expert_capacity,
     gate_logits,
 )
+from fairseq_smoe.selection import select
 from fairseq_smoe.strata import visible_experts
 
 NORMS = ("paper", "released")
@@ -33,11 +34,19 @@ class GateRecord:
         scores_TE: gate probabilities of the tokens at this gate.
         experts_KT: their choices, counted from the first expert the gate sees.
         kept_KT: False where the expert was full; None when there was no limit.
+        here_T: the tokens that stood at this gate; the numbers of others mean nothing. None when
+            all did.
     """
 
     scores_TE: torch.Tensor
     experts_KT: torch.Tensor
     kept_KT: Optional[torch.Tensor]
+    here_T: Optional[torch.Tensor] = None
+
+    @property
+    def num_tokens(self):
+        """Tokens that stood at this gate; a scalar tensor where the device alone knows."""
+        return len(self.scores_TE) if self.here_T is None else self.here_T.sum()
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class SMoEBlock(nn.Module):
         eom: expert output masking: in training this fraction of expert outputs is zeroed, at
             evaluation all are scaled by ``1 - eom``.
         activation_fn: activation of the experts.
+        expert_backend: see :class:`~fairseq_smoe.experts.Experts`.
     """
 
     def __init__(
@@ -99,6 +109,7 @@ class SMoEBlock(nn.Module):
         activation_dropout=0.0,
         eom=0.0,
         activation_fn=F.relu,
+        expert_backend="auto",
     ):
         super().__init__()
         if not strata or min(strata) < 1:
@@ -127,7 +138,7 @@ class SMoEBlock(nn.Module):
             nn.Linear(embed_dim, len(experts), bias=False) for experts in self.visible
         )
         self.experts = Experts(
-            sum(strata), embed_dim, ffn_dim, activation_fn, activation_dropout
+            sum(strata), embed_dim, ffn_dim, activation_fn, activation_dropout, expert_backend
         )
         stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
         self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
@@ -152,50 +163,37 @@ class SMoEBlock(nn.Module):
         Returns:
             ``(y, stats)``: (..., D) and :class:`BlockStats`.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        if padding_mask is None:
-            tokens_TD = flat
-        else:
-            real_T = padding_mask.reshape(-1).logical_not().nonzero().squeeze(1)
-            tokens_TD = flat.index_select(0, real_T)
-        tokens_TD, passes_T, gates, losses = self._run(tokens_TD)
-        if padding_mask is None:
-            y, passes = tokens_TD, passes_T
-        else:
-            y = flat.index_copy(0, real_T, tokens_TD.to(flat.dtype))
-            passes = passes_T.new_zeros(len(flat)).index_copy(0, real_T, passes_T)
+        flat_TD = x.reshape(-1, x.shape[-1])
+        real_T = None if padding_mask is None else padding_mask.reshape(-1).logical_not()
+        y_TD, passes_T, gates, losses = self._run(flat_TD, real_T)
         if self.norm == "released":
-            y = self.norms[-1](y)
-        stats = BlockStats(
-            self._mean_balance(losses, gates), passes.view(x.shape[:-1]), gates
-        )
-        return y.view_as(x), stats
+            y_TD = self.norms[-1](y_TD)
+        stats = BlockStats(self._mean_balance(losses, gates), passes_T.view(x.shape[:-1]), gates)
+        return y_TD.view_as(x), stats
 
-    def _run(self, tokens_TD):
-        """All passes over the real tokens: new tokens, passes, gate records, balance losses."""
-        expert_weights = self.experts.unbind()
+    def _run(self, tokens_TD, real_T):
+        """All passes: new tokens, passes, gate records, balance losses."""
+        shared = self.experts.share()
         gates, losses = [], []
+        behind_all = self.stratum_of_expert.new_full((len(tokens_TD),), len(self.strata))
+        stratum_T, passes_T = behind_all, torch.zeros_like(behind_all)
         for i, visible in enumerate(self.visible):
-            # every token meets the first gate: nothing to select there
-            here = (stratum_T == i).nonzero().squeeze(1) if i else None
-            x_TD = tokens_TD if here is None else tokens_TD.index_select(0, here)
-            normed_TD = self.norms[i](x_TD)
-            y_TD, record, loss = self._visit(normed_TD, i, expert_weights)
-            residual_TD = normed_TD if self.norm == "released" and i else x_TD  # eq. 7
-            out_TD = residual_TD + F.dropout(y_TD, self.dropout, self.training)
-            best_T = record.experts_KT[0] + visible.start
-            next_T = self.stratum_of_expert[best_T] + 1
-            if here is None:
-                tokens_TD, stratum_T, passes_T = out_TD, next_T, torch.ones_like(next_T)
-            else:
-                tokens_TD = tokens_TD.index_copy(0, here, out_TD.to(tokens_TD.dtype))
-                stratum_T = stratum_T.index_copy(0, here, next_T)
-                passes_T = passes_T.index_add(0, here, torch.ones_like(here))
+            at_gate_T = stratum_T == i if i else real_T
+            here = select(tokens_TD, at_gate_T, may_wait=not shared.grouped)
+            x_HD = here.take(tokens_TD)
+            normed_HD = self.norms[i](x_HD)
+            y_HD, record, loss = self._visit(normed_HD, i, shared, here.mask_H)
+            residual_HD = normed_HD if self.norm == "released" and i else x_HD  # eq. 7
+            out_HD = residual_HD + F.dropout(y_HD, self.dropout, self.training)
+            tokens_TD = here.put(tokens_TD, out_HD)
+            best_H = record.experts_KT[0] + visible.start
+            stratum_T = here.put(stratum_T, self.stratum_of_expert[best_H] + 1)
+            passes_T = here.put(passes_T, here.take(passes_T) + 1)
             gates.append(record)
             losses.append(loss)
         return tokens_TD, passes_T, gates, losses
 
-    def _visit(self, normed_TD, i, expert_weights):
+    def _visit(self, normed_TD, i, shared, here_T=None):
         """One gate and its experts (eq. 5 and 6): output before the residual, record, balance loss."""
         visible = self.visible[i]
         logits_TE = gate_logits(normed_TD, self.gates[i].weight)
@@ -203,16 +201,14 @@ class SMoEBlock(nn.Module):
         experts_KT = choose_experts(logits_TE, self.top_k, self.sample_second and self.training)
         capacity = None
         if self.training and self.capacity_factor is not None:
-            capacity = expert_capacity(len(normed_TD), len(visible), self.capacity_factor)
-        plan = plan_dispatch(experts_KT, len(visible), capacity)
+            num_tokens = len(normed_TD) if here_T is None else here_T.sum()
+            capacity = expert_capacity(num_tokens, len(visible), self.capacity_factor)
+        plan = plan_dispatch(experts_KT, len(visible), capacity, here_T)
         weights_KT = self._mask_outputs(combine_weights(scores_TE, experts_KT, plan.kept_KT))
-        rows_ND = self.experts(
-            gather_rows(normed_TD, plan),
-            plan.rows_per_expert,
-            expert_weights[visible.start : visible.stop],
-        )
-        record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT)
-        return combine_rows(rows_ND, weights_KT, plan), record, balance_loss(scores_TE, experts_KT[0])
+        rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
+        record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT, here_T)
+        loss = balance_loss(scores_TE, experts_KT[0], here_T)
+        return combine_rows(rows_ND, weights_KT, plan), record, loss
 
     def _mask_outputs(self, weights_KT):
         """Expert output masking: an expert's output for a token is dropped as a whole."""
@@ -225,5 +221,5 @@ class SMoEBlock(nn.Module):
     def _mean_balance(self, losses, gates):
         seen = len(losses)
         if self.norm == "released":
-            seen = max(sum(len(gate.scores_TE) > 0 for gate in gates), 1)
+            seen = sum((torch.as_tensor(gate.num_tokens) > 0).long() for gate in gates).clamp(min=1)
         return torch.stack(losses).sum() / seen

@@ -25,7 +25,7 @@ def as_fairscale(block, group):
     """fairscale's layer with the weights of ``block``."""
     num_experts, dim, hidden = block.experts.fc1_weight.shape
     experts = nn.ModuleList()
-    for w1, b1, w2, b2 in block.experts.unbind():
+    for w1, b1, w2, b2 in zip(*block.experts.parameters()):
         expert = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         with torch.no_grad():
             for linear, weight, bias in ((expert[0], w1, b1), (expert[2], w2, b2)):

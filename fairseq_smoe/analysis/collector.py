@@ -102,8 +102,11 @@ class _BlockCollector:
         self._tokens.append(tokens.reshape(-1))
         self._passes.append(stats.passes.reshape(-1))
         for i, gate in enumerate(stats.gates):
-            self._choices[i].append(gate.experts_KT)
-            self._visits[i] += gate.experts_KT.shape[1]
+            experts_KT = gate.experts_KT
+            if gate.here_T is not None:
+                experts_KT = experts_KT[:, gate.here_T]
+            self._choices[i].append(experts_KT)
+            self._visits[i] += experts_KT.shape[1]
         self._waiting += tokens.numel()
         if self._waiting >= FLUSH_AT:
             self._flush()

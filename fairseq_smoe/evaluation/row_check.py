@@ -8,7 +8,7 @@ from fairseq_smoe.options import RoutingOptions, check_options, resolve_strata
 from fairseq_smoe.strata import format_strata
 from fairseq_smoe.training_command import model_options
 
-_WITHOUT_EFFECT = {"moe_gating_use_fp32"}
+_WITHOUT_EFFECT = {"moe_gating_use_fp32", "moe_expert_backend"}
 
 
 def check_row(benchmark, row, scale, saved):

@@ -1,0 +1,63 @@
+"""The tokens that stand at a gate, out of all tokens.
+
+Letters in names: T all tokens, H those that are here (with :class:`Masked`, all).
+"""
+
+import torch
+
+
+def select(tokens_TD, here_T, may_wait):
+    """The tokens that ``here_T`` (T,) marks, or all where it is None.
+
+    Args:
+        may_wait: whether the host may wait for the device to learn how many there are.
+    """
+    if may_wait:
+        return All() if here_T is None else Indexed(here_T)
+    if here_T is None:
+        here_T = torch.ones(len(tokens_TD), dtype=torch.bool, device=tokens_TD.device)
+    return Masked(here_T)
+
+
+class All:
+    """Every token is here."""
+
+    mask_H = None
+
+    def take(self, all_T):
+        """(T, ...) -> (H, ...)"""
+        return all_T
+
+    def put(self, all_T, new_H):
+        """``all_T`` with new values for those that are here."""
+        return new_H.to(all_T.dtype)
+
+
+class Indexed:
+    """The tokens at some indices; how many they are, the host has to know."""
+
+    mask_H = None
+
+    def __init__(self, here_T):
+        self._index = here_T.nonzero().squeeze(1)
+
+    def take(self, all_T):
+        return all_T.index_select(0, self._index)
+
+    def put(self, all_T, new_H):
+        return all_T.index_copy(0, self._index, new_H.to(all_T.dtype))
+
+
+class Masked:
+    """All tokens go along, and a mask tells which of them are here: the host need not wait for a
+    device to learn how many."""
+
+    def __init__(self, here_T):
+        self.mask_H = here_T
+
+    def take(self, all_T):
+        return all_T
+
+    def put(self, all_T, new_H):
+        mask = self.mask_H.view(-1, *[1] * (all_T.dim() - 1))
+        return new_H.to(all_T.dtype).where(mask, all_T)
