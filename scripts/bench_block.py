@@ -1,50 +1,57 @@
-"""How close the stratified block comes to dense arithmetic, and how far it is from one-hot dispatch.
+"""How close the block comes to dense arithmetic, and how far it is from one-hot dispatch.
 
 Measures forward + backward of one block in training, in one process, the contestants taking turns:
 
 * block: ``SMoEBlock`` as it is;
 * dense: a dense FFN sublayer over as many rows as the block's experts process, i.e. the same FLOPs;
 * one-hot: the same block with GShard's dispatch, which multiplies with (tokens x experts x
-  capacity) tensors.
+  capacity) tensors;
+* fairscale: its MOELayer, for a single stratum, where fairscale is installed;
+* more experts: blocks of one stratum that differ in the number of experts alone.
 
-Prints medians of ratios: efficiency = time of dense / time of block, speed-up = time of one-hot /
-time of block; and the peak memory of block and one-hot, each in a process of its own. Example:
+Prints medians of ratios: efficiency = time of dense / time of block; how many times as long as the
+block the others take; and the peak memory of block and one-hot, each in a process of its own.
+Example:
 
-    python scripts/bench_block.py --threads 2 --json results/bench_block/results.json
+    python scripts/bench_block.py --strata 8 4-4 2-2-2-2 4-12 --to results/bench_block
 """
 
 import argparse
+import importlib.util
 import json
-import platform
+import os
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from benchmarking import in_turns, machine
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from fairseq_smoe.routing import (  # noqa: E402
+from fairseq_smoe.dispatch import plan_dispatch
+from fairseq_smoe.experts import BACKENDS
+from fairseq_smoe.routing import (
     balance_loss,
     choose_experts,
     combine_weights,
     expert_capacity,
     gate_logits,
 )
-from fairseq_smoe.dispatch import plan_dispatch  # noqa: E402
-from fairseq_smoe.smoe_block import GateRecord, SMoEBlock  # noqa: E402
-from fairseq_smoe.strata import parse_strata  # noqa: E402
+from fairseq_smoe.smoe_block import GateRecord, SMoEBlock
+from fairseq_smoe.strata import parse_strata
+
+ONE_HOT_ALWAYS = 8000  # with more tokens one-hot dispatch takes up to a minute: one round of it
 
 
 class OneHotBlock(SMoEBlock):
     """The same block, dispatching by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
 
-    def _visit(self, normed_TD, i, expert_weights):
+    def _visit(self, normed_TD, i, shared, here_T=None):
         visible = self.visible[i]
         logits_TE = gate_logits(normed_TD, self.gates[i].weight)
         scores_TE = logits_TE.softmax(dim=1)
@@ -65,7 +72,9 @@ class OneHotBlock(SMoEBlock):
         rows_ECD = torch.einsum("tec,td->ecd", combine_TEC.bool().to(normed_TD), normed_TD)
         outputs = [
             torch.addmm(b2, torch.relu(torch.addmm(b1, rows, w1)), w2)
-            for rows, (w1, b1, w2, b2) in zip(rows_ECD, expert_weights[visible.start :])
+            for rows, w1, b1, w2, b2 in zip(
+                rows_ECD, *(p[visible.start :] for p in self.experts.parameters())
+            )
         ]
         y_TD = torch.einsum("tec,ecd->td", combine_TEC, torch.stack(outputs))
         record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT)
@@ -85,9 +94,29 @@ class DenseFFN(nn.Module):
         return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
 
 
+class FairscaleFFN(nn.Module):
+    """x + MOELayer(LN(x)); wants a number of tokens that the number of experts divides."""
+
+    def __init__(self, embed_dim, ffn_dim, num_experts):
+        super().__init__()
+        from fairscale.nn.moe import MOELayer, Top2Gate
+
+        self.norm = nn.LayerNorm(embed_dim)
+        experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(embed_dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, embed_dim))
+            for _ in range(num_experts)
+        )
+        self.moe = MOELayer(Top2Gate(embed_dim, num_experts), experts, group=dist.group.WORLD)
+
+    def forward(self, x):
+        return x + self.moe(self.norm(x).unsqueeze(1)).squeeze(1)
+
+
 def make_block(kind, args, strata):
     torch.manual_seed(args.seed)
-    return kind(args.embed_dim, args.ffn_dim, parse_strata(strata)).train()
+    options = {"expert_backend": args.backend}
+    block = kind(args.embed_dim, args.ffn_dim, parse_strata(strata), **options)
+    return block.to(args.device, args.dtype).train()
 
 
 def step(module, x):
@@ -95,77 +124,103 @@ def step(module, x):
     module.zero_grad(set_to_none=True)
     out = module(x)
     y, loss = (out[0], out[1].balance_loss) if isinstance(out, tuple) else (out, 0)
-    (y.square().mean() + 0.01 * loss).backward()
+    (y.float().square().mean() + 0.01 * loss).backward()
     return out
 
 
-def seconds(module, x):
-    start = time.perf_counter()
-    step(module, x)
-    return time.perf_counter() - start
+def make_tokens(args, number):
+    shape = number, args.embed_dim
+    return torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True)
 
 
 def expert_rows(stats):
     """Token-expert pairs that were computed."""
-    return sum(
-        len(gate.experts_KT.reshape(-1)) if gate.kept_KT is None else int(gate.kept_KT.sum())
-        for gate in stats.gates
-    )
+    rows = 0
+    for gate in stats.gates:
+        here_T = torch.ones_like(gate.experts_KT[0]).bool() if gate.here_T is None else gate.here_T
+        kept_KT = here_T if gate.kept_KT is None else gate.kept_KT & here_T
+        rows += int(kept_KT.expand_as(gate.experts_KT).sum())
+    return rows
 
 
 def measure(args, strata, tokens, progress):
-    """Ratios of one layout at one number of tokens: a dict for the report."""
+    """One layout at one number of tokens: a dict for the report."""
     block, one_hot = (make_block(kind, args, strata) for kind in (SMoEBlock, OneHotBlock))
-    x = torch.randn(tokens, args.embed_dim, requires_grad=True)
+    x = make_tokens(args, tokens)
     y, stats = step(block, x)
-    torch.testing.assert_close(step(one_hot, x)[0], y, rtol=1e-3, atol=1e-4)
+    few = args.rounds if tokens < ONE_HOT_ALWAYS else 1
+    if few > 1 and args.dtype == torch.float32:
+        torch.testing.assert_close(step(one_hot, x)[0], y, rtol=1e-3, atol=1e-4)
     rows = expert_rows(stats)
-    dense = DenseFFN(args.embed_dim, args.ffn_dim)
-    dense_x = torch.randn(rows, args.embed_dim, requires_grad=True)
-    seconds(dense, dense_x)
-
-    efficiency, speed_up = [], []
-    # one-hot dispatch takes a minute at 13k tokens, and its ratio is far from any threshold
-    one_hot_rounds = args.rounds if tokens < 8000 else 1
-    for i in range(args.rounds):
-        before = seconds(dense, dense_x)
-        ours = seconds(block, x)
-        after = seconds(dense, dense_x)
-        efficiency.append((before + after) / 2 / ours)
-        if i < one_hot_rounds:
-            speed_up.append(seconds(one_hot, x) / ours)
-        progress.update()
+    dense = DenseFFN(args.embed_dim, args.ffn_dim).to(args.device, args.dtype)
+    dense_x = make_tokens(args, rows)
+    ours = lambda: step(block, x)  # noqa: E731
+    efficiency = in_turns(lambda: step(dense, dense_x), ours, args.rounds, progress)
     result = {
         "strata": strata,
         "tokens": tokens,
         "rows": rows,
         "mean_passes": round(float(stats.passes.float().mean()), 3),
-        "efficiency": round(statistics.median(efficiency), 3),
-        "efficiency_quartiles": [round(q, 3) for q in quartiles(efficiency)],
-        "speed_up_over_one_hot": round(statistics.median(speed_up), 2),
+        "efficiency": statistics.median(efficiency),
+        "efficiency_quartiles": quartiles(efficiency),
+        "one_hot": times_as_long(ours, lambda: step(one_hot, x), few),
+        "fairscale": None,
     }
-    ours, theirs = (peak_memory(kind, args, strata, tokens) for kind in ("block", "one-hot"))
-    return {**result, "peak_mib": ours, "one_hot_peak_mib": theirs, "memory_ratio": round(ours / theirs, 3)}
+    experts = len(block.experts.fc1_weight)
+    if block.strata == (experts,) and importlib.util.find_spec("fairscale"):
+        theirs = FairscaleFFN(args.embed_dim, args.ffn_dim, experts).to(args.device, args.dtype)
+        their_x = make_tokens(args, tokens // experts * experts)
+        result["fairscale"] = times_as_long(ours, lambda: step(theirs, their_x), few)
+    for name in ("block", "one-hot"):
+        result[f"{name}_peak_mib"] = peak_memory(name, args, strata, tokens)
+    return result
+
+
+def times_as_long(ours, theirs, rounds):
+    return 1 / statistics.median(in_turns(ours, theirs, rounds, warm_up=rounds > 1))
+
+
+def measure_experts(args, progress):
+    """Time relative to the first number of experts: ``[{"experts", "time", "quartiles"}, ...]``"""
+    x = make_tokens(args, args.experts_tokens)
+    first = make_block(SMoEBlock, args, str(args.experts[0]))
+    results = []
+    for number in args.experts[1:]:
+        more = make_block(SMoEBlock, args, str(number))
+        ratios = in_turns(lambda: step(first, x), lambda: step(more, x), args.rounds, progress)
+        times = [1 / ratio for ratio in ratios]
+        results.append(
+            {"experts": number, "time": statistics.median(times), "quartiles": quartiles(times)}
+        )
+    return results
 
 
 def quartiles(values):
     return statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [values[0]] * 2
 
 
-def peak_memory(kind, args, strata, tokens):
-    """MiB that one step adds to the process: activations and gradients. Linux only."""
-    command = [sys.executable, __file__, "--memory-of", kind, "--strata", strata]
-    command += ["--tokens", str(tokens), "--threads", str(args.threads)]
-    command += ["--embed-dim", str(args.embed_dim), "--ffn-dim", str(args.ffn_dim)]
+def peak_memory(name, args, strata, tokens):
+    """MiB that one step adds to the process, or to the GPU's memory: activations and gradients.
+    Linux only, on the CPU."""
+    command = [sys.executable, __file__, "--memory-of", name, "--strata", strata]
+    for option in ("threads", "embed_dim", "ffn_dim", "backend"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    command += ["--tokens", str(tokens)] + ["--cpu"] * (args.device == "cpu")
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def print_memory(args):
     kind = {"block": SMoEBlock, "one-hot": OneHotBlock}[args.memory_of]
     block = make_block(kind, args, args.strata[0])
-    step(block, torch.randn(16, args.embed_dim))  # loads the libraries
+    step(block, make_tokens(args, 16))  # loads the libraries
     block.zero_grad(set_to_none=True)
-    x = torch.randn(args.tokens[0], args.embed_dim, requires_grad=True)
+    x = make_tokens(args, args.tokens[0])
+    if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(block, x)
+        print((torch.cuda.max_memory_allocated() - before) >> 20)
+        return
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to what is in use now
     before = memory_kib("VmRSS")
     step(block, x)
@@ -177,52 +232,93 @@ def memory_kib(field):
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def as_markdown(results):
-    head = (
+def as_markdown(results, experts, args):
+    lines = [
         "| strata | tokens | mean passes | efficiency (quartiles) | one-hot takes "
-        "| peak MiB | one-hot peak MiB | ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|"
-    )
-    rows = [
-        f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
-        f"| {r['efficiency']:.2f} ({r['efficiency_quartiles'][0]:.2f}-{r['efficiency_quartiles'][1]:.2f}) "
-        f"| {r['speed_up_over_one_hot']:.1f}x | {r['peak_mib']} | {r['one_hot_peak_mib']} "
-        f"| {r['memory_ratio']:.2f} |"
-        for r in results
+        "| fairscale takes | peak MiB | one-hot peak MiB | ratio |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     ]
-    return "\n".join([head, *rows])
+    for r in results:
+        low, high = r["efficiency_quartiles"]
+        fairscale = f"{r['fairscale']:.1f}x" if r["fairscale"] else ""
+        ours, theirs = r["block_peak_mib"], r["one-hot_peak_mib"]
+        lines.append(
+            f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
+            f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) | {r['one_hot']:.1f}x "
+            f"| {fairscale} | {ours} | {theirs} | {ours / theirs:.2f} |"
+        )
+    if experts:
+        lines += ["", f"| experts, {args.experts_tokens} tokens | time (quartiles) |\n|---|---:|"]
+        lines += [f"| {args.experts[0]} | 1 |"]
+        for r in experts:
+            low, high = r["quartiles"]
+            lines.append(f"| {r['experts']} | {r['time']:.2f} ({low:.2f}-{high:.2f}) |")
+    return "\n".join(lines)
+
+
+def draw(results, path):
+    """Efficiency over the number of tokens, a line per layout."""
+    from fairseq_smoe.plots.style import COLOURS, bare, plt, save
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for strata, colour in zip(dict.fromkeys(r["strata"] for r in results), COLOURS):
+        own = sorted((r for r in results if r["strata"] == strata), key=lambda r: r["tokens"])
+        tokens, values = [r["tokens"] for r in own], [r["efficiency"] for r in own]
+        spread = list(zip(*(r["efficiency_quartiles"] for r in own)))
+        axes.plot(tokens, values, "o-", color=colour, label=strata)
+        axes.fill_between(tokens, *spread, color=colour, alpha=0.15)
+    axes.axhline(1, color="#888888", linewidth=1, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("efficiency against a dense FFN")
+    axes.set_ylim(bottom=0)
+    axes.legend(title="strata", frameon=False)
+    bare(axes)
+    save(figure, path)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--strata", nargs="+", default=["2-2-2-2", "4-12"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 13000])
-    parser.add_argument("--embed-dim", type=int, default=512)
-    parser.add_argument("--ffn-dim", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=9, help="turns per contestant")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", help="also write the results there")
-    parser.add_argument("--memory-of", choices=["block", "one-hot"], help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--strata", nargs="+", default=["8", "4-4", "2-2-2-2", "4-12"])
+    add("--tokens", nargs="+", type=int, default=[1024, 4096, 13000])
+    add("--experts", nargs="*", type=int, default=[8, 32, 128], help="none: not measured")
+    add("--experts-tokens", type=int, default=8192, help="(default: %(default)s)")
+    add("--embed-dim", type=int, default=512, help="(default: %(default)s)")
+    add("--ffn-dim", type=int, default=2048, help="(default: %(default)s)")
+    add("--rounds", type=int, default=7, help="turns per contestant (default: %(default)s)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
+    add("--backend", choices=BACKENDS, default="auto", help="of the experts (default: %(default)s)")
+    add("--cpu", action="store_true", help="do not use a GPU that is there")
+    add("--seed", type=int, default=1, help="(default: %(default)s)")
+    add("--to", type=Path, metavar="DIR", help="write results.json, table.md and a picture there")
+    add("--memory-of", choices=["block", "one-hot"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    args.device, args.dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     if args.memory_of:
         return print_memory(args)
     cases = [(s, t) for s in args.strata for t in args.tokens]
-    with tqdm(total=len(cases) * args.rounds, desc="rounds") as progress:
-        results = [measure(args, *case, progress) for case in cases]
-    print(as_markdown(results))
-    if args.json:
-        report = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "embed_dim": args.embed_dim,
-            "ffn_dim": args.ffn_dim,
-            "results": results,
-        }
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        # for fairscale, which asks for a group of processes
+        dist.init_process_group("gloo", init_method=f"file://{folder}/x", rank=0, world_size=1)
+        total = args.rounds * (len(cases) + max(len(args.experts) - 1, 0))
+        with tqdm(total=total, unit="round") as progress:
+            results = [measure(args, *case, progress) for case in cases]
+            experts = measure_experts(args, progress) if args.experts else []
+        dist.destroy_process_group()
+    table = as_markdown(results, experts, args)
+    print(table)
+    if args.to:
+        args.to.mkdir(parents=True, exist_ok=True)
+        (args.to / "table.md").write_text(table + "\n")
+        settings = {k: v for k, v in vars(args).items() if k not in ("to", "memory_of", "dtype")}
+        facts = {**machine(), "settings": settings, "results": results, "experts": experts}
+        (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+        draw(results, args.to / "efficiency.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""Beam search of the rows of a table against that of its dense model.
+
+Translates made-up sentences of 10 to 50 words with untrained models, every translation to the same
+length, so that all make as many steps; the row and the dense model take turns in one process.
+Efficiency is tokens per second times FLOPs per token, both relative to the dense model. Example:
+
+    python scripts/bench_generate.py --rows smoe-2-2-2-2 vanilla-moe --beam 5
+"""
+
+import gc
+
+import torch
+from benchmarking import build, in_turns, make_parser, measured, report, sentences, start
+from tqdm import tqdm
+
+
+def main():
+    parser = make_parser(__doc__, tokens=1000, rounds=5)
+    parser.add_argument("--beam", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=30, help="of translations (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    benchmark, rows, use_cuda = start(args)
+    dense = translator(benchmark, benchmark.rows[0], args, use_cuda)
+    results = []
+    with tqdm(total=len(rows) * args.rounds, unit="round") as progress:
+        for row in rows:
+            progress.set_description(row.slug)
+            other = translator(benchmark, row, args, use_cuda)
+            results.append(
+                measured(benchmark, row, args, in_turns(dense, other, args.rounds, progress))
+            )
+            gc.collect()
+    title = f"{benchmark.title}, scale {args.scale}, beam {args.beam}, {args.tokens} source tokens"
+    report(results, args, title, "tokens per second")
+
+
+def translator(benchmark, row, args, use_cuda):
+    """A function that translates all sentences in one batch."""
+    from fairseq import utils
+    from fairseq.data.data_utils import collate_tokens
+    from fairseq.sequence_generator import SequenceGenerator
+
+    _, task, model, _ = build(benchmark, row, args, use_cuda)
+    model.eval()
+    dictionary = task.source_dictionary
+    source = sentences(dictionary, args.tokens, args.seed)
+    sample = {
+        "net_input": {
+            "src_tokens": collate_tokens(source, dictionary.pad(), left_pad=True),
+            "src_lengths": torch.tensor([len(sentence) for sentence in source]),
+        }
+    }
+    if use_cuda:
+        model, sample = model.cuda().bfloat16(), utils.move_to_cuda(sample)
+    generator = SequenceGenerator(
+        [model], dictionary, beam_size=args.beam, max_len_b=args.length, min_len=args.length
+    )
+    return lambda: generator.generate([model], sample)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Training steps of the rows of a table against those of its dense model.
+
+Every step is one of fairseq's own trainer: forward, loss, backward, clipping, optimizer, logging,
+on made-up sentences of 10 to 50 words, with the options of `scripts/train.sh`. The row and the
+dense model take turns in one process. Efficiency is tokens per second times FLOPs per token, both
+relative to the dense model: 1 is as fast as dense arithmetic. Example:
+
+    python scripts/bench_train.py --rows smoe-2-2-2-2 vanilla-moe --tokens 4096
+"""
+
+import gc
+
+import torch
+from benchmarking import build, in_turns, make_parser, measured, report, sentences, start
+from tqdm import tqdm
+
+
+def main():
+    parser = make_parser(__doc__, tokens=4096, rounds=5)
+    args = parser.parse_args()
+    benchmark, rows, use_cuda = start(args)
+    dense = stepper(benchmark, benchmark.rows[0], args, use_cuda)
+    results = []
+    with tqdm(total=len(rows) * args.rounds, unit="round") as progress:
+        for row in rows:
+            progress.set_description(row.slug)
+            ratios = in_turns(dense, stepper(benchmark, row, args, use_cuda), args.rounds, progress)
+            results.append(measured(benchmark, row, args, ratios))
+            gc.collect()
+    title = f"{benchmark.title}, scale {args.scale}, {args.tokens} tokens a step"
+    report(results, args, title, "tokens per second")
+
+
+def stepper(benchmark, row, args, use_cuda):
+    """A function that makes one update."""
+    from fairseq.trainer import Trainer
+
+    cfg, task, model, criterion = build(benchmark, row, args, use_cuda)
+    trainer = Trainer(cfg, task, model, criterion)
+    sample = make_sample(task.source_dictionary, args)
+    return lambda: trainer.train_step([sample])
+
+
+def make_sample(dictionary, args):
+    """A batch as fairseq's data sets make it; source and target are different sentences."""
+    from fairseq.data.data_utils import collate_tokens
+
+    source, target = (sentences(dictionary, args.tokens, args.seed) for _ in range(2))
+    pad, eos = dictionary.pad(), dictionary.eos()
+    return {
+        "id": torch.arange(len(source)),
+        "nsentences": len(source),
+        "ntokens": sum(map(len, target)),
+        "net_input": {
+            "src_tokens": collate_tokens(source, pad, left_pad=True),
+            "src_lengths": torch.tensor([len(sentence) for sentence in source]),
+            "prev_output_tokens": collate_tokens(target, pad, eos, move_eos_to_beginning=True),
+        },
+        "target": collate_tokens(target, pad),
+    }
+
+
+if __name__ == "__main__":
+    main()

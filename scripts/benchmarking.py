@@ -1,0 +1,209 @@
+"""What the benchmarks of models have in common: the rows of a table, taking turns, reports."""
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import fairseq_smoe  # noqa: E402
+from fairseq_smoe import benchmark as benchmarks  # noqa: E402
+from fairseq_smoe.flops import count_row  # noqa: E402
+from fairseq_smoe.scale import SCALES  # noqa: E402
+from fairseq_smoe.training_command import training_command, vocab_size  # noqa: E402
+
+SHORTEST, LONGEST = 10, 50  # tokens of the made-up sentences
+
+
+def make_parser(doc, **defaults):
+    """A parser with the options that all have.
+
+    Args:
+        doc: of the script.
+        defaults: of tokens and rounds.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--benchmark", choices=benchmarks.NAMES, default="m4", help="(default: %(default)s)")
+    add("--scale", choices=SCALES, default="paper", help="(default: %(default)s)")
+    add("--rows", nargs="+", metavar="ROW", help="(default: all)")
+    add("--tokens", type=int, default=defaults["tokens"], help="(default: %(default)s)")
+    add("--rounds", type=int, default=defaults["rounds"], help="(default: %(default)s)")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
+    add("--cpu", action="store_true", help="do not use a GPU that is there")
+    add("--seed", type=int, default=1, help="(default: %(default)s)")
+    add("--to", type=Path, metavar="DIR", help="write results.json, table.md and a picture there")
+    return parser
+
+
+def start(args):
+    """Set up fairseq and torch.
+
+    Returns:
+        ``(benchmark, rows but the dense one, use_cuda)``
+    """
+    logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore")
+    fairseq_smoe.register()
+    torch.set_num_threads(args.threads)
+    benchmark = benchmarks.load(args.benchmark)
+    rows = [benchmark.row(name) for name in args.rows] if args.rows else benchmark.rows[1:]
+    return benchmark, rows, torch.cuda.is_available() and not args.cpu
+
+
+def build(benchmark, row, args, use_cuda):
+    """What fairseq-train makes of a row's command, but for data: made-up words.
+
+    Returns:
+        ``(cfg, task, model, criterion)``
+    """
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    torch.manual_seed(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        languages = sorted({lang for pair in benchmark.directions() for lang in pair.split("-")})
+        words = "".join(f"w{i} 1\n" for i in range(vocab_size(benchmark, args.scale)))
+        for language in languages:
+            (folder / f"dict.{language}.txt").write_text(words)
+        (folder / "langs.txt").write_text("\n".join(languages))
+        more = ["--bf16"] if use_cuda else ["--cpu"]
+        command = training_command(
+            benchmark, row, args.scale, folder, folder, args.seed, args.tokens, 1, more
+        )
+        namespace = options.parse_args_and_arch(options.get_training_parser(), command[1:])
+        cfg = convert_namespace_to_omegaconf(namespace)
+        with contextlib.redirect_stdout(io.StringIO()):
+            task = tasks.setup_task(cfg.task)
+            return cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+
+
+def sentences(dictionary, tokens, seed):
+    """Made-up sentences with as many tokens in all: list of (S,) int64, the longest first."""
+    generator = torch.Generator().manual_seed(seed)
+    found, total = [], 0
+    while total < tokens:
+        length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
+        words = torch.randint(4, len(dictionary), (length - 1,), generator=generator)
+        found.append(torch.cat([words, torch.tensor([dictionary.eos()])]))
+        total += length
+    return sorted(found, key=len, reverse=True)
+
+
+def in_turns(dense, other, rounds, progress=None, warm_up=True):
+    """Ratios ``dense() / other()`` of seconds, every run of the one between two of the other."""
+    ratios = []
+    for job in (dense, other) if warm_up else ():
+        job()
+    before = seconds(dense)
+    for _ in range(rounds):
+        ours, after = seconds(other), seconds(dense)
+        ratios.append((before + after) / 2 / ours)
+        before = after
+        if progress is not None:
+            progress.update()
+    return ratios
+
+
+def seconds(job):
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    begun = time.perf_counter()
+    job()
+    wait()
+    return time.perf_counter() - begun
+
+
+def measured(benchmark, row, args, ratios):
+    """A line of the report: speed relative to dense, FLOPs relative to dense, and their product."""
+    flops = {r.slug: count_row(benchmark, r, args.scale)[1] for r in (benchmark.rows[0], row)}
+    flop_ratio = flops[row.slug] / flops[benchmark.rows[0].slug]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "row": row.name,
+        "speed": median,
+        "flops": flop_ratio,
+        "efficiency": median * flop_ratio,
+        "quartiles": [low * flop_ratio, high * flop_ratio],
+    }
+
+
+def report(results, args, title, what):
+    """Print the table; with ``--to`` keep it with all numbers and a picture.
+
+    Args:
+        results: of :func:`measured`.
+        what: name of the unit that is fast or slow.
+    """
+    lines = [
+        f"| {title} | {what} relative to dense | FLOPs relative to dense "
+        "| efficiency (quartiles) |\n|---|---:|---:|---:|"
+    ]
+    for r in results:
+        low, high = r["quartiles"]
+        lines.append(
+            f"| {r['row']} | {r['speed']:.3f} | {r['flops']:.3f} "
+            f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) |"
+        )
+    table = "\n".join(lines)
+    print(table)
+    if args.to is None:
+        return
+    args.to.mkdir(parents=True, exist_ok=True)
+    (args.to / "table.md").write_text(table + "\n")
+    settings = {k: v for k, v in vars(args).items() if k != "to"}
+    facts = {**machine(), "settings": settings, "results": results}
+    (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    draw(results, title, args.to / "efficiency.png")
+
+
+def machine():
+    """Date, processor, versions."""
+    names = [platform.processor() or platform.machine()]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names += [line.split(": ")[1] for line in lines if line.startswith("model name")][:1]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": names[-1],
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def draw(results, title, path):
+    """Bars of efficiency with their quartiles, and a line at that of the dense model."""
+    from fairseq_smoe.plots.style import bare, plt, save
+
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.4 * len(results)), layout="constrained")
+    names = [r["row"] for r in results]
+    values = [r["efficiency"] for r in results]
+    spread = list(
+        zip(*((v - r["quartiles"][0], r["quartiles"][1] - v) for v, r in zip(values, results)))
+    )
+    axes.barh(names, values, xerr=spread, color="#0072b2", height=0.6, error_kw={"capsize": 3})
+    axes.axvline(1, color="#888888", linewidth=1, linestyle=":")
+    axes.invert_yaxis()
+    axes.set_xlabel("speed x FLOPs, relative to the dense model")
+    axes.set_title(title, loc="left")
+    bare(axes)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+    save(figure, path)
