@@ -28,6 +28,8 @@ class Scale:
     options: dict
 
 
+_NO_DROPOUT = {"--dropout": "0", "--attention-dropout": "0"}
+
 SCALES = {
     "paper": Scale(
         width=1,
@@ -49,8 +51,7 @@ SCALES = {
             "--warmup-updates": "400",
             "--max-update": "3000",
             "--save-interval-updates": "1000",
-            "--dropout": "0",
-            "--attention-dropout": "0",
+            **_NO_DROPOUT,
         },
     ),
     # minutes: to try the commands out
@@ -65,8 +66,7 @@ SCALES = {
             "--warmup-updates": "50",
             "--max-update": "300",
             "--save-interval-updates": "100",
-            "--dropout": "0",
-            "--attention-dropout": "0",
+            **_NO_DROPOUT,
         },
     ),
 }

@@ -3,6 +3,7 @@
 import json
 import os
 
+import torch
 from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
@@ -11,6 +12,7 @@ from fairseq_smoe import validation_bleu
 from fairseq_smoe.capacity_meter import CapacityMeter
 from fairseq_smoe.data_manager import DirectionDataManager, all_directions
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.memory import keep_freed_memory
 from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.task_files import LANGS_FILE
 
@@ -61,6 +63,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         )
         self.capacity_meter = None
         self.validation_bleu = None
+        if training and (getattr(args, "cpu", False) or not torch.cuda.is_available()):
+            keep_freed_memory()
         if training and getattr(args, "eval_bleu", False):
             self.validation_bleu = validation_bleu.ValidationBLEU(
                 args, self.lang_pairs, self.target_dictionary, self.data_manager

@@ -25,10 +25,6 @@ from fairseq_smoe.training_command import (
 
 PASSES_ON_OPTIONS = True
 
-# On the CPU a step makes tensors of many megabytes, and glibc gives such memory back at once: the
-# next step gets it anew, page by page. This keeps it, unless the user has set something else.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-
 
 def add_arguments(parser):
     parser.epilog = "All other options go to fairseq-train; they stand behind BENCHMARK ROW."
@@ -112,8 +108,7 @@ def run(args):
     program = Path(sys.executable).parent / command[0]
     program = program if program.exists() else shutil.which(command[0])
     sys.stdout.flush()
-    environment = dict(os.environ) if on_gpu else {**KEEP_FREED_MEMORY, **os.environ}
-    os.execve(program, command, environment)
+    os.execv(program, command)
 
 
 def _checked(more):

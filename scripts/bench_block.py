@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from fairseq_smoe.dispatch import plan_dispatch
 from fairseq_smoe.experts import BACKENDS
+from fairseq_smoe.memory import keep_freed_memory
 from fairseq_smoe.routing import (
     balance_loss,
     choose_experts,
@@ -301,6 +302,8 @@ def main():
     args.device, args.dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     if args.memory_of:
         return print_memory(args)
+    if not on_gpu:
+        keep_freed_memory()  # as a training does
     cases = [(s, t) for s in args.strata for t in args.tokens]
     with tempfile.TemporaryDirectory() as folder:
         # for fairscale, which asks for a group of processes

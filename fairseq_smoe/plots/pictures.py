@@ -30,7 +30,11 @@ def draw_run(run, subset, target):
         if rows:
             target.mkdir(parents=True, exist_ok=True)
             written += _draw_capacity(run, rows, heading, target)
-    drawers = {"types": _draw_types, "experts": _draw_experts, "strata": _draw_strata}
+    drawers = {
+        "types": _draw_directions(plot_ranks, "frequency-ranks", "how frequent are the types"),
+        "experts": _draw_experts,
+        "strata": _draw_directions(plot_strata, "strata", "how far tokens go"),
+    }
     for table, draw in drawers.items():
         path = source / f"{table}.csv"
         rows = read_table(path) if path.exists() else []
@@ -40,7 +44,7 @@ def draw_run(run, subset, target):
             all_equal = table == "types" and len({row["requested_capacity"] for row in own}) == 1
             if own and not all_equal:
                 target.mkdir(parents=True, exist_ok=True)
-                written.append(draw(run, own, side, heading, target, path))
+                written.append(draw(run, own, side, heading, target))
     return written
 
 
@@ -84,15 +88,20 @@ def _draw_capacity(run, rows, heading, target):
     return [path, layers]
 
 
-def _draw_types(run, rows, side, heading, target, table):
-    path = target / f"frequency-ranks-{side}.png"
-    bands = arrange(dict.fromkeys(row["direction"] for row in rows), run.benchmark)
-    plot_ranks(rows, bands, f"{heading}, {side}: how frequent are the types", path)
-    _keep_rows(table, rows, path)
-    return path
+def _draw_directions(plot, name, question):
+    """A function that draws a picture whose rows are those of the table, direction by direction."""
+
+    def draw(run, rows, side, heading, target):
+        path = target / f"{name}-{side}.png"
+        bands = arrange(dict.fromkeys(row["direction"] for row in rows), run.benchmark)
+        plot(rows, bands, f"{heading}, {side}: {question}", path)
+        write_table(path.with_suffix(".csv"), list(rows[0]), [list(row.values()) for row in rows])
+        return path
+
+    return draw
 
 
-def _draw_experts(run, rows, side, heading, target, table):
+def _draw_experts(run, rows, side, heading, target):
     path = target / f"experts-{side}.png"
     shares = language_shares(rows, side)
     which = {"encoder": "source", "decoder": "target"}[side]
@@ -103,19 +112,6 @@ def _draw_experts(run, rows, side, heading, target, table):
         shares,
     )
     return path
-
-
-def _draw_strata(run, rows, side, heading, target, table):
-    path = target / f"strata-{side}.png"
-    bands = arrange(dict.fromkeys(row["direction"] for row in rows), run.benchmark)
-    plot_strata(rows, bands, f"{heading}, {side}: how far tokens go", path)
-    _keep_rows(table, rows, path)
-    return path
-
-
-def _keep_rows(table, rows, path):
-    """The part of a table that a picture shows."""
-    write_table(path.with_suffix(".csv"), list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _rounded(value):
