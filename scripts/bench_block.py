@@ -18,8 +18,6 @@ Example:
 
 import argparse
 import importlib.util
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from benchmarking import in_turns, machine
+from benchmarking import add_common_options, in_turns, publish, quartiles
 from torch import nn
 from tqdm import tqdm
 
@@ -156,14 +154,15 @@ def measure(args, strata, tokens, progress):
     dense = DenseFFN(args.embed_dim, args.ffn_dim).to(args.device, args.dtype)
     dense_x = make_tokens(args, rows)
     ours = lambda: step(block, x)  # noqa: E731
-    efficiency = in_turns(lambda: step(dense, dense_x), ours, args.rounds, progress)
+    ratios = in_turns(lambda: step(dense, dense_x), ours, args.rounds, progress)
+    low, efficiency, high = quartiles(ratios)
     result = {
         "strata": strata,
         "tokens": tokens,
         "rows": rows,
         "mean_passes": round(float(stats.passes.float().mean()), 3),
-        "efficiency": statistics.median(efficiency),
-        "efficiency_quartiles": quartiles(efficiency),
+        "efficiency": efficiency,
+        "efficiency_quartiles": [low, high],
         "one_hot": times_as_long(ours, lambda: step(one_hot, x), few),
         "fairscale": None,
     }
@@ -189,15 +188,9 @@ def measure_experts(args, progress):
     for number in args.experts[1:]:
         more = make_block(SMoEBlock, args, str(number))
         ratios = in_turns(lambda: step(first, x), lambda: step(more, x), args.rounds, progress)
-        times = [1 / ratio for ratio in ratios]
-        results.append(
-            {"experts": number, "time": statistics.median(times), "quartiles": quartiles(times)}
-        )
+        low, time, high = quartiles([1 / ratio for ratio in ratios])
+        results.append({"experts": number, "time": time, "quartiles": [low, high]})
     return results
-
-
-def quartiles(values):
-    return statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [values[0]] * 2
 
 
 def peak_memory(name, args, strata, tokens):
@@ -289,12 +282,8 @@ def main():
     add("--experts-tokens", type=int, default=8192, help="(default: %(default)s)")
     add("--embed-dim", type=int, default=512, help="(default: %(default)s)")
     add("--ffn-dim", type=int, default=2048, help="(default: %(default)s)")
-    add("--rounds", type=int, default=7, help="turns per contestant (default: %(default)s)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
+    add_common_options(parser, rounds=7)
     add("--backend", choices=BACKENDS, default="auto", help="of the experts (default: %(default)s)")
-    add("--cpu", action="store_true", help="do not use a GPU that is there")
-    add("--seed", type=int, default=1, help="(default: %(default)s)")
-    add("--to", type=Path, metavar="DIR", help="write results.json, table.md and a picture there")
     add("--memory-of", choices=["block", "one-hot"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -313,15 +302,9 @@ def main():
             results = [measure(args, *case, progress) for case in cases]
             experts = measure_experts(args, progress) if args.experts else []
         dist.destroy_process_group()
+    numbers = {"results": results, "experts": experts}
     table = as_markdown(results, experts, args)
-    print(table)
-    if args.to:
-        args.to.mkdir(parents=True, exist_ok=True)
-        (args.to / "table.md").write_text(table + "\n")
-        settings = {k: v for k, v in vars(args).items() if k not in ("to", "memory_of", "dtype")}
-        facts = {**machine(), "settings": settings, "results": results, "experts": experts}
-        (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-        draw(results, args.to / "efficiency.png")
+    publish(table, args, numbers, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ Efficiency is tokens per second times FLOPs per token, both relative to the dens
     python scripts/bench_generate.py --rows smoe-2-2-2-2 vanilla-moe --beam 5
 """
 
-import gc
-
 import torch
-from benchmarking import build, in_turns, make_parser, measured, report, sentences, start
-from tqdm import tqdm
+from benchmarking import build, compare_rows, make_parser, sentences
 
 
 def main():
@@ -21,19 +18,7 @@ def main():
         "--length", type=int, default=30, help="of translations (default: %(default)s)"
     )
     args = parser.parse_args()
-    benchmark, rows, use_cuda = start(args)
-    dense = translator(benchmark, benchmark.rows[0], args, use_cuda)
-    results = []
-    with tqdm(total=len(rows) * args.rounds, unit="round") as progress:
-        for row in rows:
-            progress.set_description(row.slug)
-            other = translator(benchmark, row, args, use_cuda)
-            results.append(
-                measured(benchmark, row, args, in_turns(dense, other, args.rounds, progress))
-            )
-            gc.collect()
-    title = f"{benchmark.title}, scale {args.scale}, beam {args.beam}, {args.tokens} source tokens"
-    report(results, args, title, "tokens per second")
+    compare_rows(args, translator, f"beam {args.beam}, {args.tokens} source tokens")
 
 
 def translator(benchmark, row, args, use_cuda):

@@ -8,27 +8,13 @@ relative to the dense model: 1 is as fast as dense arithmetic. Example:
     python scripts/bench_train.py --rows smoe-2-2-2-2 vanilla-moe --tokens 4096
 """
 
-import gc
-
 import torch
-from benchmarking import build, in_turns, make_parser, measured, report, sentences, start
-from tqdm import tqdm
+from benchmarking import build, compare_rows, make_parser, sentences
 
 
 def main():
-    parser = make_parser(__doc__, tokens=4096, rounds=5)
-    args = parser.parse_args()
-    benchmark, rows, use_cuda = start(args)
-    dense = stepper(benchmark, benchmark.rows[0], args, use_cuda)
-    results = []
-    with tqdm(total=len(rows) * args.rounds, unit="round") as progress:
-        for row in rows:
-            progress.set_description(row.slug)
-            ratios = in_turns(dense, stepper(benchmark, row, args, use_cuda), args.rounds, progress)
-            results.append(measured(benchmark, row, args, ratios))
-            gc.collect()
-    title = f"{benchmark.title}, scale {args.scale}, {args.tokens} tokens a step"
-    report(results, args, title, "tokens per second")
+    args = make_parser(__doc__, tokens=4096, rounds=5).parse_args()
+    compare_rows(args, stepper, f"{args.tokens} tokens a step")
 
 
 def stepper(benchmark, row, args, use_cuda):

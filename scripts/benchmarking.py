@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import gc
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,16 +41,42 @@ def make_parser(doc, **defaults):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add_common_options(parser, defaults["rounds"])
     add("--benchmark", choices=benchmarks.NAMES, default="m4", help="(default: %(default)s)")
     add("--scale", choices=SCALES, default="paper", help="(default: %(default)s)")
     add("--rows", nargs="+", metavar="ROW", help="(default: all)")
     add("--tokens", type=int, default=defaults["tokens"], help="(default: %(default)s)")
-    add("--rounds", type=int, default=defaults["rounds"], help="(default: %(default)s)")
+    return parser
+
+
+def add_common_options(parser, rounds):
+    """The options that the block's benchmark has, too."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=rounds, help="turns per contestant (default: %(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
     add("--cpu", action="store_true", help="do not use a GPU that is there")
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--to", type=Path, metavar="DIR", help="write results.json, table.md and a picture there")
-    return parser
+
+
+def compare_rows(args, make_job, what):
+    """Measure every row against the dense model and report it.
+
+    Args:
+        make_job: ``make_job(benchmark, row, args, use_cuda)`` returns a function to time.
+        what: it does, for the title.
+    """
+    benchmark, rows, use_cuda = start(args)
+    dense = make_job(benchmark, benchmark.rows[0], args, use_cuda)
+    results = []
+    with tqdm(total=len(rows) * args.rounds, unit="round") as progress:
+        for row in rows:
+            progress.set_description(row.slug)
+            other = make_job(benchmark, row, args, use_cuda)
+            ratios = in_turns(dense, other, args.rounds, progress)
+            results.append(measured(benchmark, row, args, ratios))
+            gc.collect()
+    report(results, args, f"{benchmark.title}, scale {args.scale}, {what}")
 
 
 def start(args):
@@ -134,7 +162,7 @@ def measured(benchmark, row, args, ratios):
     """A line of the report: speed relative to dense, FLOPs relative to dense, and their product."""
     flops = {r.slug: count_row(benchmark, r, args.scale)[1] for r in (benchmark.rows[0], row)}
     flop_ratio = flops[row.slug] / flops[benchmark.rows[0].slug]
-    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, median, high = quartiles(ratios)
     return {
         "row": row.name,
         "speed": median,
@@ -144,15 +172,15 @@ def measured(benchmark, row, args, ratios):
     }
 
 
-def report(results, args, title, what):
-    """Print the table; with ``--to`` keep it with all numbers and a picture.
+def quartiles(values):
+    """The lower one, the median, the upper one."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
-    Args:
-        results: of :func:`measured`.
-        what: name of the unit that is fast or slow.
-    """
+
+def report(results, args, title):
+    """Print the table of what :func:`measured` returned; keep it as ``--to`` says."""
     lines = [
-        f"| {title} | {what} relative to dense | FLOPs relative to dense "
+        f"| {title} | tokens per second relative to dense | FLOPs relative to dense "
         "| efficiency (quartiles) |\n|---|---:|---:|---:|"
     ]
     for r in results:
@@ -161,16 +189,25 @@ def report(results, args, title, what):
             f"| {r['row']} | {r['speed']:.3f} | {r['flops']:.3f} "
             f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) |"
         )
-    table = "\n".join(lines)
+    publish("\n".join(lines), args, {"results": results}, lambda path: draw(results, title, path))
+
+
+def publish(table, args, numbers, draw_to):
+    """Print a table; with ``--to`` write it, the numbers and a picture there.
+
+    Args:
+        numbers: dict for results.json, beside the machine and the settings.
+        draw_to: called with the picture's path.
+    """
     print(table)
     if args.to is None:
         return
     args.to.mkdir(parents=True, exist_ok=True)
     (args.to / "table.md").write_text(table + "\n")
-    settings = {k: v for k, v in vars(args).items() if k != "to"}
-    facts = {**machine(), "settings": settings, "results": results}
+    settings = {k: v for k, v in vars(args).items() if k not in ("to", "memory_of", "dtype")}
+    facts = {**machine(), "settings": settings, **numbers}
     (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    draw(results, title, args.to / "efficiency.png")
+    draw_to(args.to / "efficiency.png")
 
 
 def machine():

@@ -12,9 +12,10 @@ import os
 import time
 
 import torch
-from bench_block import BACKENDS, make_block, make_tokens, step
+from bench_block import make_block, make_tokens, step
 from torch.profiler import ProfilerActivity, profile
 
+from fairseq_smoe.experts import BACKENDS
 from fairseq_smoe.smoe_block import SMoEBlock
 
 # beginnings of operators' names; the first that fits counts
