@@ -13,7 +13,10 @@ COMMANDS = {
     "catalogues": ("fairseq_smoe.catalogues", "translation catalogues to parallel text"),
     "prepare": ("fairseq_smoe.prepare", "parallel text to a folder that fairseq-train reads"),
     "train": ("fairseq_smoe.train", "train a row of one of the paper's tables"),
-    "evaluate": ("fairseq_smoe.evaluate", "translate and score all directions, loading the model once"),
+    "evaluate": (
+        "fairseq_smoe.evaluate",
+        "translate and score all directions, loading the model once",
+    ),
     "tabulate": ("fairseq_smoe.tabulate", "scores of several models beside the paper's"),
     "analyse": ("fairseq_smoe.analyse", "requested capacity per direction, block and token type"),
     "plot": ("fairseq_smoe.plot", "pictures of requested capacity, experts and training curves"),
@@ -30,9 +33,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     modules = {}
     for name, (module, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=text, description=text, allow_abbrev=False
-        )
+        subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         # import only what is asked for: some commands need fairseq or matplotlib
         if argv[:1] == [name]:
             modules[name] = importlib.import_module(module)

@@ -57,7 +57,5 @@ def check_layout(model, state_dict):
 def expert_shapes(state_dict):
     """``{name: shape}`` of every parameter of the expert blocks."""
     return {
-        name: tuple(tensor.shape)
-        for name, tensor in state_dict.items()
-        if ".expert_block." in name
+        name: tuple(tensor.shape) for name, tensor in state_dict.items() if ".expert_block." in name
     }

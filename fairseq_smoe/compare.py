@@ -63,9 +63,7 @@ def read_capacity(path):
     A side without expert layers, such as those of a dense model, makes one pass.
     """
     if not path.exists():
-        raise OptionError(
-            f"{path}: no such file; generate with --requested-capacity-file {path}"
-        )
+        raise OptionError(f"{path}: no such file; generate with --requested-capacity-file {path}")
     capacity = json.loads(path.read_text(encoding="utf-8"))
     return {side: capacity[side] or 1.0 for side in ("encoder", "decoder")}
 

@@ -60,9 +60,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         cmr_gate_loss_wt=0.01,
         cmr_gate_loss_p=0.8,
     ):
-        super().__init__(
-            task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy
-        )
+        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         if moe_gate_loss_combine_method not in COMBINE_METHODS:
             raise OptionError(
                 f"--moe-gate-loss-combine-method {moe_gate_loss_combine_method}: "

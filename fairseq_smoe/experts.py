@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairseq_smoe.expert_loop import expert_loop
 from fairseq_smoe.grouped_linear import (
     ALIGNMENT,
-    SharedWeight,
-    expert_linear,
     grouped_linear,
     grouped_mm_is_fast,
     grouped_mm_takes,
 )
+from fairseq_smoe.shared_weight import SharedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -98,22 +98,16 @@ class Experts(nn.Module):
             (N, D)
         """
         rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
-        if shared.grouped:
-            hidden_NF = self._activate(grouped_linear(rows_ND, shared.fc1, experts, dispatch))
-            return grouped_linear(hidden_NF, shared.fc2, experts, dispatch)
-        runs = zip(experts, rows_ND.split(dispatch.rows_per_expert))
-        # without any row one expert takes part nevertheless: the weights then have a gradient, zero
-        busy = [(e, run_MD) for e, run_MD in runs if len(run_MD)] or [(experts.start, rows_ND)]
-        outputs = []
-        # expert by expert, so that a run's hidden units are still in the cache for the second layer
-        for e, run_MD in busy:
-            hidden_MF = self._activate(expert_linear(run_MD, shared.fc1, e))
-            outputs.append(expert_linear(hidden_MF, shared.fc2, e))
-        return torch.cat(outputs)
+        drops = self.training and self.activation_dropout
+        activate = self._activate_and_drop if drops else self.activation_fn
+        if not shared.grouped:
+            rows_E = dispatch.rows_per_expert
+            return expert_loop(rows_ND, rows_E, shared.fc1, shared.fc2, experts, activate)
+        hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, dispatch))
+        return grouped_linear(hidden_NF, shared.fc2, experts, dispatch)
 
-    def _activate(self, hidden_NF):
-        hidden_NF = self.activation_fn(hidden_NF)
-        return F.dropout(hidden_NF, self.activation_dropout, self.training)
+    def _activate_and_drop(self, hidden_NF):
+        return F.dropout(self.activation_fn(hidden_NF), self.activation_dropout)
 
 
 @functools.cache
@@ -126,7 +120,7 @@ class SharedExperts:
     """The weights of both layers for all passes of a block.
 
     Attributes:
-        fc1, fc2: :class:`~fairseq_smoe.grouped_linear.SharedWeight`
+        fc1, fc2: :class:`~fairseq_smoe.shared_weight.SharedWeight`
         grouped: whether ``grouped_mm`` multiplies, so that nothing has to be known on the host.
     """
 

@@ -63,7 +63,9 @@ class SMoETransformer(TransformerModelBase):
 
     @classmethod
     def build_model(cls, cfg, task):
-        options = Namespace(**{f.name: getattr(cfg, f.name) for f in fields(SMoETransformerOptions)})
+        options = Namespace(
+            **{f.name: getattr(cfg, f.name) for f in fields(SMoETransformerOptions)}
+        )
         strata = check_options(options)
         if options.post_norm:
             options.encoder_normalize_before = options.decoder_normalize_before = False

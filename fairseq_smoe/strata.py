@@ -55,8 +55,7 @@ def mean_requested_capacity(strata):
         visible = sum(strata[i:])
         # capacities[k] belongs to stratum L-k; a best expert in stratum j sends the token to j+1
         following = 1 + sum(
-            strata[j] / visible * capacities[len(strata) - 2 - j]
-            for j in range(i, len(strata) - 1)
+            strata[j] / visible * capacities[len(strata) - 2 - j] for j in range(i, len(strata) - 1)
         )
         capacities.append(following)
     return following

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_smoe.baselines import CMRBlock, StackedMoEBlock
-from fairseq_smoe.grouped_linear import SharedWeight, _Gradients
 from fairseq_smoe.routing_metrics import routing_metrics
+from fairseq_smoe.shared_weight import SharedWeight, _Gradients
 from fairseq_smoe.smoe_block import SMoEBlock
 
 BLOCKS = {
@@ -67,6 +67,37 @@ def test_autocast_multiplies_in_half_precision(backend):
     assert half["experts.fc1_weight"].dtype == torch.float32
     error = (half["experts.fc1_weight"] - full["experts.fc1_weight"]).abs().max()
     assert 0 < error < 0.1 * full["experts.fc1_weight"].abs().max()
+
+
+def relu_squared(x):
+    return torch.relu(x).pow(2)  # autocast computes it in float32
+
+
+@pytest.mark.parametrize("activation", [torch.nn.functional.gelu, torch.tanh, relu_squared])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_other_activations_give_the_same_on_both_backends(activation, autocast):
+    x = torch.randn(30, 16)
+    blocks = pair("switch", activation_fn=activation)
+    loop, grouped = (run(block, x, None, autocast) for block in blocks)
+    accuracy = {"rtol": 0.02, "atol": 0.1} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+    for name, expected in loop.items():
+        torch.testing.assert_close(grouped[name], expected, msg=name, **accuracy)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.functional.relu, torch.nn.functional.gelu])
+@pytest.mark.parametrize("activation_dropout", [0, 0.4])
+def test_gradients_are_those_of_what_is_computed(activation, activation_dropout):
+    torch.manual_seed(0)
+    dropout = {"activation_dropout": activation_dropout}
+    block = SMoEBlock(4, 8, (3,), activation_fn=activation, **dropout).double()
+
+    def output(x, *parameters):
+        torch.manual_seed(3)  # the same units are dropped
+        names = [name for name, _ in block.named_parameters()]
+        return torch.func.functional_call(block, dict(zip(names, parameters)), x)[0]
+
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(output, (x, *block.parameters()), fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
