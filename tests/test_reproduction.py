@@ -7,6 +7,7 @@ import time
 import pytest
 import toy_task
 
+LONGEST = 100  # tokens of a sentence
 ROWS = ("vanilla-moe", "smoe-2-2-2-2")
 
 # the toy task as a benchmark: 4 directions, the rows of M4
@@ -20,10 +21,6 @@ TOY = {
     "vocab_size": 608,
     "batch_tokens": 10400,
 }
-
-
-def command(*words, **options):
-    return toy_task.run("python", "-m", "fairseq_smoe", *words, **options)
 
 
 def test_from_text_to_table_and_pictures(tmp_path):
@@ -40,21 +37,16 @@ def reproduce(folder):
     toy_task.write_corpus(folder / "text")
     toy = folder / "toy.json"
     toy.write_text(json.dumps(TOY))
-    scale, runs = ("--scale", "tiny"), ("--runs", folder / "runs")
-    command(
-        *("prepare", "--benchmark", toy, *scale, "--from", folder / "text"),
-        *("--to", folder / "data", "--duplicates", "keep", "--held-out", "keep"),
+    toy_task.run(
+        *("python", "-m", "fairseq_smoe", "prepare", "--benchmark", toy, "--scale", "tiny"),
+        *("--from", folder / "text", "--to", folder / "data"),
+        *("--duplicates", "keep", "--held-out", "keep"),
     )
-    for row in ROWS:
-        toy_task.run(
-            *("bash", "scripts/train.sh", toy, row, *scale, *runs, "--data", folder / "data"),
-            *("--cpu", "--max-update", 400, "--max-source-positions", 100),
-            *("--max-target-positions", 100),
-        )
-        toy_task.run("bash", "scripts/evaluate.sh", toy, row, *scale, *runs, "--cpu")
-        command("analyse", toy, row, *scale, *runs)
-    command("tabulate", toy, *scale, *runs, "--to", folder / "tables")
-    command("plot", *(run_of(folder, row) for row in ROWS), "--to", folder / "pictures")
+    options = f"--cpu --max-source-positions {LONGEST} --max-target-positions {LONGEST}"
+    toy_task.run(
+        *("env", f"RUNS={folder / 'runs'}", f"TRAIN={options}", "EVALUATE=--cpu", "bash"),
+        *("scripts/reproduce.sh", toy, "tiny", 400, folder / "data", folder / "out", *ROWS),
+    )
 
 
 def run_of(folder, row):
@@ -73,9 +65,9 @@ def check_scores(project):
 
 def check_table(project):
     """It holds the scores, in three formats."""
-    tables = {path.suffix for path in (project / "tables").iterdir()}
-    assert tables == {".md", ".tex", ".csv"}
-    (path,) = (project / "tables").glob("*.csv")
+    folder = project / "out/test-bleu"
+    assert {path.suffix for path in folder.iterdir()} == {".md", ".tex", ".csv"}
+    (path,) = folder.glob("*.csv")
     with open(path, newline="", encoding="utf-8") as handle:
         cells = {(cell["row"], cell["column"]): cell for cell in csv.DictReader(handle)}
     for row, name in zip(ROWS, ("Vanilla MoE", "SMoE-2-2-2-2")):
@@ -85,7 +77,7 @@ def check_table(project):
             assert float(cells[name, direction]["ours"]) == pytest.approx(score, abs=0.006)
         mean = sum(bleu.values()) / len(bleu)
         assert float(cells[name, "avg"]["ours"]) == pytest.approx(mean, abs=0.006)
-    (markdown,) = (project / "tables").glob("*.md")
+    (markdown,) = folder.glob("*.md")
     text = markdown.read_text(encoding="utf-8")
     assert "tiny" in text  # the scale is stated
     assert "MoE+EOM" in text  # rows not run are shown
@@ -93,6 +85,9 @@ def check_table(project):
 
 def check_pictures(project):
     """Each has its numbers beside it."""
-    pictures = {path.stem for path in (project / "pictures").rglob("*.png")}
-    numbers = {path.stem for path in (project / "pictures").rglob("*.csv")}
-    assert len(pictures) >= 6 and pictures <= numbers
+    folder = project / "out/pictures"
+    pictures = {path.with_suffix("") for path in folder.rglob("*.png")}
+    assert pictures == {path.with_suffix("") for path in folder.rglob("*.csv")}
+    for row in ROWS:
+        for subset in ("valid", "train"):
+            assert len(list((folder / f"{row}-seed42" / subset).glob("*.png"))) >= 6
