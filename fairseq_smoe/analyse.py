@@ -8,7 +8,12 @@ the decoder is the input at a position, i.e. the target shifted by one. Padding 
 import warnings
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.runs import add_model_arguments, find_checkpoint, find_training
+from fairseq_smoe.runs import (
+    add_model_arguments,
+    comma_separated,
+    find_checkpoint,
+    find_training,
+)
 
 TRAINING_SAMPLE = 2000
 
@@ -17,10 +22,17 @@ def add_arguments(parser):
     parser.description = __doc__
     add_model_arguments(parser)
     parser.add_argument(
-        "--subset", default="valid", help="train, valid, test, ... (default: %(default)s)"
+        "--subset",
+        type=comma_separated,
+        default=["valid"],
+        metavar="NAME,...",
+        help="train, valid, test, ... (default: valid)",
     )
     parser.add_argument(
-        "--directions", metavar="A-B,...", help="some directions only (default: all)"
+        "--directions",
+        type=comma_separated,
+        metavar="A-B,...",
+        help="some directions only (default: all)",
     )
     parser.add_argument(
         "--max-sentences",
@@ -61,23 +73,24 @@ def run(args):
             raise OptionError(f"--{option.replace('_', '-')} {value}: expected {least} or more")
     training = find_training(args)
     checkpoint = find_checkpoint(args, training)
-    max_sentences = args.max_sentences
-    if max_sentences is None:
-        max_sentences = TRAINING_SAMPLE if args.subset == "train" else 0
     from fairseq_smoe.evaluation import set_up_fairseq
 
     set_up_fairseq()
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     from fairseq_smoe.analysis.analysis import analyse
 
-    analyse(
-        training,
-        checkpoint,
-        data=args.data,
-        subset=args.subset,
-        directions=args.directions and args.directions.split(","),
-        max_sentences=max_sentences,
-        max_tokens=args.max_tokens,
-        num_types=args.types,
-        min_count=args.min_count,
-    )
+    for subset in args.subset:
+        max_sentences = args.max_sentences
+        if max_sentences is None:
+            max_sentences = TRAINING_SAMPLE if subset == "train" else 0
+        analyse(
+            training,
+            checkpoint,
+            data=args.data,
+            subset=subset,
+            directions=args.directions,
+            max_sentences=max_sentences,
+            max_tokens=args.max_tokens,
+            num_types=args.types,
+            min_count=args.min_count,
+        )

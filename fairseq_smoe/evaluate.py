@@ -7,7 +7,12 @@ import argparse
 import sys
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.runs import add_model_arguments, find_checkpoint, find_training
+from fairseq_smoe.runs import (
+    add_model_arguments,
+    comma_separated,
+    find_checkpoint,
+    find_training,
+)
 from fairseq_smoe.scoring import add_scoring_options
 
 
@@ -15,13 +20,13 @@ def add_arguments(parser):
     add_model_arguments(parser)
     parser.add_argument(
         "--directions",
-        type=_list,
+        type=comma_separated,
         metavar="A-B,...",
         help="(default: all of the benchmark, or of the training)",
     )
     parser.add_argument(
         "--subset",
-        type=_list,
+        type=comma_separated,
         action="extend",
         metavar="NAME,...",
         help="what to translate, as fairseq's --gen-subset; may be repeated (default: test)",
@@ -52,10 +57,6 @@ def add_arguments(parser):
     group.add_argument("--fp16", action="store_true", help="on a GPU: half precision")
     add_scoring_options(parser)
     parser.add_argument("--no-score", action="store_true", help="only translate")
-
-
-def _list(text):
-    return [word for word in text.split(",") if word]
 
 
 def _positive(text):

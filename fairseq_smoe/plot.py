@@ -11,13 +11,18 @@ import sys
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.runs import read_run
+from fairseq_smoe.runs import comma_separated, read_run
 
 
 def add_arguments(parser):
     parser.description = __doc__
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--subset", default="valid", help="of the analysis (default: %(default)s)")
+    parser.add_argument(
+        "--subset",
+        type=comma_separated,
+        metavar="NAME,...",
+        help="of the analysis (default: all that the run has)",
+    )
     parser.add_argument(
         "--to",
         type=Path,
@@ -30,7 +35,7 @@ def add_arguments(parser):
 def run(args):
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError('plot needs matplotlib: pip install "fairseq-smoe[plot]"')
-    from fairseq_smoe.plots.pictures import draw_curves, draw_run
+    from fairseq_smoe.plots.pictures import analysed_subsets, draw_curves, draw_run
 
     runs = {}
     for folder in args.runs:
@@ -41,21 +46,23 @@ def run(args):
     common = Path(os.path.commonpath([found.folder for found in runs.values()]))
     target = args.to or common / "plots"
     written = draw_curves(runs, target)
+    subset_option = f" --subset {','.join(args.subset)}" if args.subset else ""
     for name, found in runs.items():
         own = target / name if several else target
-        drawn = draw_run(found, args.subset, own / args.subset)
+        subsets = args.subset or analysed_subsets(found)
+        drawn = [path for subset in subsets for path in draw_run(found, subset, own / subset)]
         written += drawn
         if not drawn:
             print(
-                f"{found.folder}: no analysis of {args.subset} to draw; python -m fairseq_smoe "
-                f"analyse --run {found.folder} --subset {args.subset}",
+                f"{found.folder}: no such analysis to draw; python -m fairseq_smoe analyse "
+                f"--run {found.folder}{subset_option}",
                 file=sys.stderr,
             )
     if not written:
         raise OptionError(
-            f"{', '.join(map(str, args.runs))}: nothing to draw, neither analysis/{args.subset}/ "
-            "nor a train.log with JSON records; run: python -m fairseq_smoe analyse --run "
-            f"{args.runs[0]} --subset {args.subset}"
+            f"{', '.join(map(str, args.runs))}: nothing to draw, neither in analysis/ nor a "
+            "train.log with JSON records; run: python -m fairseq_smoe analyse "
+            f"--run {args.runs[0]}{subset_option}"
         )
     for path in written:
         print(path)

@@ -44,6 +44,11 @@ class Run:
         return self.benchmark.row(self.facts["row"]) if self.facts else None
 
 
+def comma_separated(text):
+    """The words of ``a,b,c``, a type of argparse."""
+    return [word for word in text.split(",") if word]
+
+
 def add_row_arguments(parser, optional=False):
     """BENCHMARK ROW and what chooses among its trainings.
 

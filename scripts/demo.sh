@@ -160,7 +160,7 @@ draw() {
         python -m fairseq_smoe analyse --run "$out/$model" --subset test \
             --checkpoint "$out/$model/checkpoints/checkpoint_last.pt"
     done
-    python -m fairseq_smoe plot "${MODELS[@]/#/$out/}" --subset test --to "$out/pictures"
+    python -m fairseq_smoe plot "${MODELS[@]/#/$out/}" --to "$out/pictures"
 }
 
 training_status() {

@@ -39,11 +39,7 @@ for row in "${rows[@]}"; do
     for subset in ${SUBSETS//,/ }; do
         cp "$run/evaluation/$subset/scores.json" "$out/scores/$name-seed$seed-$subset.json"
     done
-    if [[ $name != dense ]]; then
-        for subset in valid train; do
-            python -m fairseq_smoe analyse "${model[@]}" "${last[@]}" --subset "$subset"
-        done
-    fi
+    python -m fairseq_smoe analyse "${model[@]}" "${last[@]}" --subset valid,train
     runs+=("$run")
 done
 
@@ -53,6 +49,4 @@ for subset in ${SUBSETS//,/ }; do
             --subset "$subset" --metric "$metric" --to "$out/$subset-$metric"
     done
 done
-for subset in valid train; do
-    python -m fairseq_smoe plot "${runs[@]}" --subset "$subset" --to "$out/pictures"
-done
+python -m fairseq_smoe plot "${runs[@]}" --to "$out/pictures"

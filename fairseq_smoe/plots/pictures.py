@@ -10,6 +10,11 @@ from fairseq_smoe.plots.style import SIDES, arrange
 from fairseq_smoe.plots.train_log import curves
 
 
+def analysed_subsets(run):
+    """Names of the data sets that `analyse` has gone over."""
+    return sorted(path.parent.name for path in run.folder.glob("analysis/*/capacity.csv"))
+
+
 def draw_run(run, subset, target):
     """All pictures of a run's analysis.
 
