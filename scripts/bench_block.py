@@ -4,13 +4,15 @@ Measures forward + backward of one block in training, in one process, the contes
 
 * block: ``SMoEBlock`` as it is;
 * dense: a dense FFN sublayer over as many rows as the block's experts process, i.e. the same FLOPs;
+* products alone: the matrix products of the block's experts and nothing else (CPU);
 * one-hot: the same block with GShard's dispatch, which multiplies with (tokens x experts x
   capacity) tensors;
 * fairscale: its MOELayer, for a single stratum, where fairscale is installed;
 * more experts: blocks of one stratum that differ in the number of experts alone.
 
-Prints medians of ratios: efficiency = time of dense / time of block; how many times as long as the
-block the others take; and the peak memory of block and one-hot, each in a process of its own.
+Prints medians of ratios: efficiency = time of dense / time of block, and the same of the products
+alone, i.e. the most that a loop over the experts can reach; how many times as long as the block
+the others take; and the peak memory of block and one-hot, each in a process of its own.
 Example:
 
     python scripts/bench_block.py --strata 8 4-4 2-2-2-2 4-12 --to results/bench_block
@@ -26,89 +28,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from benchmarking import add_common_options, in_turns, publish, quartiles
-from torch import nn
+from block_contestants import DenseFFN, ExpertProducts, FairscaleFFN, OneHotBlock, kept_choices
 from tqdm import tqdm
 
-from fairseq_smoe.dispatch import plan_dispatch
 from fairseq_smoe.experts import BACKENDS
 from fairseq_smoe.memory import keep_freed_memory
-from fairseq_smoe.routing import (
-    balance_loss,
-    choose_experts,
-    combine_weights,
-    expert_capacity,
-    gate_logits,
-)
-from fairseq_smoe.smoe_block import GateRecord, SMoEBlock
+from fairseq_smoe.smoe_block import SMoEBlock
 from fairseq_smoe.strata import parse_strata
 
 ONE_HOT_ALWAYS = 8000  # with more tokens one-hot dispatch takes up to a minute: one round of it
-
-
-class OneHotBlock(SMoEBlock):
-    """The same block, dispatching by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
-
-    def _visit(self, normed_TD, i, shared, here_T=None):
-        visible = self.visible[i]
-        logits_TE = gate_logits(normed_TD, self.gates[i].weight)
-        scores_TE = logits_TE.softmax(dim=1)
-        experts_KT = choose_experts(logits_TE, self.top_k)
-        capacity = expert_capacity(len(normed_TD), len(visible), self.capacity_factor)
-        plan = plan_dispatch(experts_KT, len(visible), capacity)
-        weights_KT = combine_weights(scores_TE, experts_KT, plan.kept_KT)
-
-        combine_TEC = 0
-        taken_E = torch.zeros(len(visible), dtype=torch.long)
-        for k in range(len(experts_KT)):
-            chosen_TE = F.one_hot(experts_KT[k], len(visible))
-            place_T = ((chosen_TE.cumsum(0) - 1 + taken_E) * chosen_TE).sum(1)
-            taken_E = taken_E + chosen_TE.sum(0)
-            place_TC = F.one_hot(place_T.clamp(max=capacity - 1), capacity).to(scores_TE)
-            weight_TE = weights_KT[k].unsqueeze(1) * chosen_TE
-            combine_TEC = combine_TEC + torch.einsum("te,tc->tec", weight_TE, place_TC)
-        rows_ECD = torch.einsum("tec,td->ecd", combine_TEC.bool().to(normed_TD), normed_TD)
-        outputs = [
-            torch.addmm(b2, torch.relu(torch.addmm(b1, rows, w1)), w2)
-            for rows, w1, b1, w2, b2 in zip(
-                rows_ECD, *(p[visible.start :] for p in self.experts.parameters())
-            )
-        ]
-        y_TD = torch.einsum("tec,ecd->td", combine_TEC, torch.stack(outputs))
-        record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT)
-        return y_TD, record, balance_loss(scores_TE, experts_KT[0])
-
-
-class DenseFFN(nn.Module):
-    """x + FFN(LN(x))"""
-
-    def __init__(self, embed_dim, ffn_dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(embed_dim)
-        self.fc1 = nn.Linear(embed_dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, embed_dim)
-
-    def forward(self, x):
-        return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
-
-
-class FairscaleFFN(nn.Module):
-    """x + MOELayer(LN(x)); wants a number of tokens that the number of experts divides."""
-
-    def __init__(self, embed_dim, ffn_dim, num_experts):
-        super().__init__()
-        from fairscale.nn.moe import MOELayer, Top2Gate
-
-        self.norm = nn.LayerNorm(embed_dim)
-        experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(embed_dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, embed_dim))
-            for _ in range(num_experts)
-        )
-        self.moe = MOELayer(Top2Gate(embed_dim, num_experts), experts, group=dist.group.WORLD)
-
-    def forward(self, x):
-        return x + self.moe(self.norm(x).unsqueeze(1)).squeeze(1)
 
 
 def make_block(kind, args, strata):
@@ -132,16 +61,6 @@ def make_tokens(args, number):
     return torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True)
 
 
-def expert_rows(stats):
-    """Token-expert pairs that were computed."""
-    rows = 0
-    for gate in stats.gates:
-        here_T = torch.ones_like(gate.experts_KT[0]).bool() if gate.here_T is None else gate.here_T
-        kept_KT = here_T if gate.kept_KT is None else gate.kept_KT & here_T
-        rows += int(kept_KT.expand_as(gate.experts_KT).sum())
-    return rows
-
-
 def measure(args, strata, tokens, progress):
     """One layout at one number of tokens: a dict for the report."""
     block, one_hot = (make_block(kind, args, strata) for kind in (SMoEBlock, OneHotBlock))
@@ -150,12 +69,14 @@ def measure(args, strata, tokens, progress):
     few = args.rounds if tokens < ONE_HOT_ALWAYS else 1
     if few > 1 and args.dtype == torch.float32:
         torch.testing.assert_close(step(one_hot, x)[0], y, rtol=1e-3, atol=1e-4)
-    rows = expert_rows(stats)
+    rows = sum(len(kept_choices(gate)) for gate in stats.gates)
     dense = DenseFFN(args.embed_dim, args.ffn_dim).to(args.device, args.dtype)
     dense_x = make_tokens(args, rows)
-    ours = lambda: step(block, x)  # noqa: E731
-    ratios = in_turns(lambda: step(dense, dense_x), ours, args.rounds, progress)
-    low, efficiency, high = quartiles(ratios)
+    ours, theirs = (lambda: step(block, x)), (lambda: step(dense, dense_x))
+    low, efficiency, high = quartiles(in_turns(theirs, ours, args.rounds, progress))
+    products = None  # on a GPU one call multiplies for all experts
+    if args.device == "cpu":
+        products = statistics.median(in_turns(theirs, ExpertProducts(block, stats), args.rounds))
     result = {
         "strata": strata,
         "tokens": tokens,
@@ -163,14 +84,16 @@ def measure(args, strata, tokens, progress):
         "mean_passes": round(float(stats.passes.float().mean()), 3),
         "efficiency": efficiency,
         "efficiency_quartiles": [low, high],
+        "products": products,
         "one_hot": times_as_long(ours, lambda: step(one_hot, x), few),
         "fairscale": None,
     }
     experts = len(block.experts.fc1_weight)
     if block.strata == (experts,) and importlib.util.find_spec("fairscale"):
-        theirs = FairscaleFFN(args.embed_dim, args.ffn_dim, experts).to(args.device, args.dtype)
-        their_x = make_tokens(args, tokens // experts * experts)
-        result["fairscale"] = times_as_long(ours, lambda: step(theirs, their_x), few)
+        fairscale = FairscaleFFN(args.embed_dim, args.ffn_dim, experts)
+        fairscale.to(args.device, args.dtype)
+        even_x = make_tokens(args, tokens // experts * experts)
+        result["fairscale"] = times_as_long(ours, lambda: step(fairscale, even_x), few)
     for name in ("block", "one-hot"):
         result[f"{name}_peak_mib"] = peak_memory(name, args, strata, tokens)
     return result
@@ -228,18 +151,19 @@ def memory_kib(field):
 
 def as_markdown(results, experts, args):
     lines = [
-        "| strata | tokens | mean passes | efficiency (quartiles) | one-hot takes "
-        "| fairscale takes | peak MiB | one-hot peak MiB | ratio |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+        "| strata | tokens | mean passes | efficiency (quartiles) | products alone "
+        "| one-hot takes | fairscale takes | peak MiB | one-hot peak MiB | ratio |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     ]
     for r in results:
         low, high = r["efficiency_quartiles"]
         fairscale = f"{r['fairscale']:.1f}x" if r["fairscale"] else ""
+        products = f"{r['products']:.2f}" if r["products"] else ""
         ours, theirs = r["block_peak_mib"], r["one-hot_peak_mib"]
         lines.append(
             f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
-            f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) | {r['one_hot']:.1f}x "
-            f"| {fairscale} | {ours} | {theirs} | {ours / theirs:.2f} |"
+            f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) | {products} "
+            f"| {r['one_hot']:.1f}x | {fairscale} | {ours} | {theirs} | {ours / theirs:.2f} |"
         )
     if experts:
         lines += ["", f"| experts, {args.experts_tokens} tokens | time (quartiles) |\n|---|---:|"]

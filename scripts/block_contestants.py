@@ -1,0 +1,129 @@
+"""What a block is compared with in bench_block.py."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from fairseq_smoe.dispatch import plan_dispatch
+from fairseq_smoe.routing import (
+    balance_loss,
+    choose_experts,
+    combine_weights,
+    expert_capacity,
+    gate_logits,
+)
+from fairseq_smoe.smoe_block import GateRecord, SMoEBlock
+
+
+class OneHotBlock(SMoEBlock):
+    """The same block, dispatching by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
+
+    def _visit(self, normed_TD, i, shared, here_T=None):
+        visible = self.visible[i]
+        logits_TE = gate_logits(normed_TD, self.gates[i].weight)
+        scores_TE = logits_TE.softmax(dim=1)
+        experts_KT = choose_experts(logits_TE, self.top_k)
+        capacity = expert_capacity(len(normed_TD), len(visible), self.capacity_factor)
+        plan = plan_dispatch(experts_KT, len(visible), capacity)
+        weights_KT = combine_weights(scores_TE, experts_KT, plan.kept_KT)
+
+        combine_TEC = 0
+        taken_E = torch.zeros(len(visible), dtype=torch.long)
+        for k in range(len(experts_KT)):
+            chosen_TE = F.one_hot(experts_KT[k], len(visible))
+            place_T = ((chosen_TE.cumsum(0) - 1 + taken_E) * chosen_TE).sum(1)
+            taken_E = taken_E + chosen_TE.sum(0)
+            place_TC = F.one_hot(place_T.clamp(max=capacity - 1), capacity).to(scores_TE)
+            weight_TE = weights_KT[k].unsqueeze(1) * chosen_TE
+            combine_TEC = combine_TEC + torch.einsum("te,tc->tec", weight_TE, place_TC)
+        rows_ECD = torch.einsum("tec,td->ecd", combine_TEC.bool().to(normed_TD), normed_TD)
+        outputs = [
+            torch.addmm(b2, torch.relu(torch.addmm(b1, rows, w1)), w2)
+            for rows, w1, b1, w2, b2 in zip(
+                rows_ECD, *(p[visible.start :] for p in self.experts.parameters())
+            )
+        ]
+        y_TD = torch.einsum("tec,ecd->td", combine_TEC, torch.stack(outputs))
+        record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT)
+        return y_TD, record, balance_loss(scores_TE, experts_KT[0])
+
+
+class DenseFFN(nn.Module):
+    """x + FFN(LN(x))"""
+
+    def __init__(self, embed_dim, ffn_dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.fc1 = nn.Linear(embed_dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, embed_dim)
+
+    def forward(self, x):
+        return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
+
+
+class FairscaleFFN(nn.Module):
+    """x + MOELayer(LN(x)); wants a number of tokens that the number of experts divides."""
+
+    def __init__(self, embed_dim, ffn_dim, num_experts):
+        super().__init__()
+        from fairscale.nn.moe import MOELayer, Top2Gate
+
+        self.norm = nn.LayerNorm(embed_dim)
+        experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(embed_dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, embed_dim))
+            for _ in range(num_experts)
+        )
+        self.moe = MOELayer(Top2Gate(embed_dim, num_experts), experts, group=dist.group.WORLD)
+
+    def forward(self, x):
+        return x + self.moe(self.norm(x).unsqueeze(1)).squeeze(1)
+
+
+class ExpertProducts:
+    """The products of a block's experts in one step, forward and backward, and nothing else.
+
+    Its time is what a loop over the experts takes if all the rest is free: less than the time of a
+    dense FFN over as many rows only if products of few rows were as fast as large ones.
+
+    Args:
+        block: with parameters to multiply with.
+        stats: of a step of it, for the number of rows of each expert in each pass.
+    """
+
+    def __init__(self, block, stats):
+        self.w1_EDF, self.w2_EFD = block.experts.fc1_weight.data, block.experts.fc2_weight.data
+        self.grad1_EDF, self.grad2_EFD = map(torch.empty_like, (self.w1_EDF, self.w2_EFD))
+        self.runs = [
+            (visible.start + e, rows)
+            for gate, visible in zip(stats.gates, block.visible)
+            for e, rows in enumerate(kept_choices(gate).bincount(minlength=len(visible)).tolist())
+            if rows
+        ]
+        most = max(rows for _, rows in self.runs)
+        self.rows_MD = torch.randn(most, self.w1_EDF.shape[1]).to(self.w1_EDF)
+
+    @torch.no_grad()
+    def __call__(self):
+        hidden = []
+        for e, rows in self.runs:
+            hidden.append(self.rows_MD[:rows].mm(self.w1_EDF[e]))
+            hidden[-1].mm(self.w2_EFD[e])
+        begun = set()
+        for (e, rows), hidden_MF in zip(reversed(self.runs), reversed(hidden)):
+            x_MD = grad_MD = self.rows_MD[:rows]
+            grad_MF = grad_MD.mm(self.w2_EFD[e].t())
+            grad_MF.mm(self.w1_EDF[e].t())
+            beta = int(e in begun)  # later passes add to the weights' gradients
+            begun.add(e)
+            self.grad2_EFD[e].addmm_(hidden_MF.t(), grad_MD, beta=beta)
+            self.grad1_EDF[e].addmm_(x_MD.t(), grad_MF, beta=beta)
+
+
+def kept_choices(gate):
+    """Expert of each token-expert pair that was computed, of a :class:`GateRecord`."""
+    kept_KT = torch.ones_like(gate.experts_KT, dtype=torch.bool)
+    for condition in (gate.kept_KT, gate.here_T):
+        if condition is not None:
+            kept_KT &= condition
+    return gate.experts_KT[kept_KT]
