@@ -20,7 +20,6 @@ COMMANDS = {
     "tabulate": ("fairseq_smoe.tabulate", "scores of several models beside the paper's"),
     "analyse": ("fairseq_smoe.analyse", "requested capacity per direction, block and token type"),
     "plot": ("fairseq_smoe.plot", "pictures of requested capacity, experts and training curves"),
-    "compare": ("fairseq_smoe.compare", "scores and requested capacity of several models"),
     "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains rows of a benchmark one after the other, translates and scores their test sets, and puts the
-# tables with significance, the scores of every direction, and the figures into one folder.
+# Trains rows of a benchmark one after the other, translates and scores their test sets, and puts
+# tables with significance and the figures, each with its numbers as CSV, into one folder.
 #
 # usage: bash scripts/reproduce.sh BENCHMARK SCALE UPDATES DATA OUT ROW[:SEED]...
 #   bash data-prep/m4.sh data/m4-small --scale small
-#   bash scripts/reproduce.sh m4 small 4000 data/m4-small m4-tables vanilla-moe smoe-2-2-2-2 smoe-2-2-2-2:1
+#   bash scripts/reproduce.sh m4 small 3000 data/m4-small m4-tables vanilla-moe smoe-2-2-2-2 smoe-2-2-2-2:1
 #
 # Environment:
 #   RUNS      folder of all trainings (default: runs)
@@ -35,16 +35,12 @@ for row in "${rows[@]}"; do
     last=(--checkpoint "$run/checkpoints/checkpoint_last.pt")
     bash "$here/train.sh" "${model[@]}" --max-update "$updates" "${train_options[@]}"
     bash "$here/evaluate.sh" "${model[@]}" "${last[@]}" --subset "$SUBSETS" "${evaluate_options[@]}"
-    mkdir -p "$out/scores"
-    for subset in ${SUBSETS//,/ }; do
-        cp "$run/evaluation/$subset/scores.json" "$out/scores/$name-seed$seed-$subset.json"
-    done
     python -m fairseq_smoe analyse "${model[@]}" "${last[@]}" --subset valid,train
     runs+=("$run")
 done
 
 for subset in ${SUBSETS//,/ }; do
-    for metric in piece-bleu bleu; do
+    for metric in piece-bleu bleu chrf++; do
         python -m fairseq_smoe tabulate "$benchmark" --scale "$scale" --runs "$RUNS" \
             --subset "$subset" --metric "$metric" --to "$out/$subset-$metric"
     done
