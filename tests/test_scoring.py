@@ -117,6 +117,19 @@ def test_unknown_pieces_never_match():
     assert metric.corpus_score(["", ""], ["▁a b", "c"]) == 0
 
 
+def test_piece_bleu_and_its_counts_differ_by_less_than_the_tolerance():
+    """fairseq's scorer takes some pairs of pieces for the same that are not."""
+    draw = random.Random(1)
+    pieces = [[f"{side}{draw.randrange(4000)}" for _ in range(18000)] for side in "ab"]
+    same = [f"c{draw.randrange(4000)}" for _ in range(9000)]
+    hypotheses, references = (
+        [" ".join(same[i::300] + own[i::300]) for i in range(300)] for own in pieces
+    )
+    metric = PieceBleu()
+    counted = metric.score_sums(metric.statistics(hypotheses, references).sum(0))
+    assert 0 < metric.corpus_score(hypotheses, references) - counted < metric.tolerance
+
+
 # --------------------------------------------------------------------------------------
 # sacrebleu's metrics
 

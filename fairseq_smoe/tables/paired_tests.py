@@ -4,8 +4,6 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.scoring import make_metric, read_directions
 from fairseq_smoe.significance import Bootstrap, mean_of, p_value
 
-_TOLERANCE = 0.005  # between a score in scores.json and the same of the files, 0 to 100
-
 
 class PairedTests:
     """Paired bootstrap tests of evaluations on the same test set.
@@ -84,7 +82,7 @@ class PairedTests:
             )
         resampled = self._bootstrap.resample(metric, metric.statistics(hypotheses, references))
         told = evaluation.score(direction, self._name)
-        if abs(resampled.score - told) > _TOLERANCE:
+        if abs(resampled.score - told) > metric.tolerance:
             raise OptionError(
                 f"{folder}: {direction} has {self._name} {told:.2f} in scores.json, but its "
                 f"translations {resampled.score:.2f}; evaluate again"
