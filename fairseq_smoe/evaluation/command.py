@@ -153,7 +153,9 @@ def _side_by_side(model, task, settings, devices, tokens, saved, directions):
         # forks share the model's memory
         translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
         cores = len(os.sched_getaffinity(0))
-        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // len(devices))))
+        threads = max(1, cores // len(devices))  # with more, they wait for each other
+        if asked := os.environ.get("OMP_NUM_THREADS"):
+            threads = min(threads, int(asked))
         make = [partial(_with_threads, translator, threads)] * len(devices)
         return lambda *rest: translate_side_by_side(make, *rest, start_method="fork")
     data = saved.task_options.data
