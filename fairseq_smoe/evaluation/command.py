@@ -155,7 +155,7 @@ def _side_by_side(model, task, settings, devices, tokens, saved, directions):
         cores = len(os.sched_getaffinity(0))
         threads = max(1, cores // len(devices))  # with more, they wait for each other
         if asked := os.environ.get("OMP_NUM_THREADS"):
-            threads = min(threads, int(asked))
+            threads = min(threads, int(asked.split(",")[0]))
         make = [partial(_with_threads, translator, threads)] * len(devices)
         return lambda *rest: translate_side_by_side(make, *rest, start_method="fork")
     data = saved.task_options.data
