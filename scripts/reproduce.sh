@@ -9,6 +9,8 @@
 # Environment:
 #   RUNS      folder of all trainings (default: runs)
 #   SUBSETS   test sets, as fairseq's --gen-subset (default: test)
+#   ANALYSE   data sets to analyse (default: valid,train)
+#   METRICS   a table for each (default: piece-bleu bleu chrf++)
 #   TRAIN     more options of scripts/train.sh
 #   EVALUATE  more options of scripts/evaluate.sh
 #
@@ -21,7 +23,7 @@ fi
 benchmark=$1 scale=$2 updates=$3 data=$4 out=$5
 shift 5
 rows=("$@")
-: "${RUNS:=runs}" "${SUBSETS:=test}"
+: "${RUNS:=runs}" "${SUBSETS:=test}" "${ANALYSE:=valid,train}" "${METRICS:=piece-bleu bleu chrf++}"
 read -ra train_options <<<"${TRAIN:-}"
 read -ra evaluate_options <<<"${EVALUATE:-}"
 here=$(dirname "$0")
@@ -35,12 +37,12 @@ for row in "${rows[@]}"; do
     last=(--checkpoint "$run/checkpoints/checkpoint_last.pt")
     bash "$here/train.sh" "${model[@]}" --max-update "$updates" "${train_options[@]}"
     bash "$here/evaluate.sh" "${model[@]}" "${last[@]}" --subset "$SUBSETS" "${evaluate_options[@]}"
-    python -m fairseq_smoe analyse "${model[@]}" "${last[@]}" --subset valid,train
+    python -m fairseq_smoe analyse "${model[@]}" "${last[@]}" --subset "$ANALYSE"
     runs+=("$run")
 done
 
 for subset in ${SUBSETS//,/ }; do
-    for metric in piece-bleu bleu chrf++; do
+    for metric in $METRICS; do
         python -m fairseq_smoe tabulate "$benchmark" --scale "$scale" --runs "$RUNS" \
             --subset "$subset" --metric "$metric" --to "$out/$subset-$metric"
     done
