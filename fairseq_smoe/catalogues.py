@@ -32,14 +32,25 @@ def add_arguments(parser):
     parser.add_argument(
         "--langs", required=True, help="languages as their folders are named: de,es,id,ru"
     )
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        default=TEST_SHARE,
+        metavar="FRACTION",
+        help="of the longer texts, those of three words or more, to test on (default: %(default)s)",
+    )
 
 
 def run(args):
     target = Path(args.to)
+    if not 0 <= args.test_share < 1 - VALID_SHARE:
+        raise OptionError(
+            f"--test-share {args.test_share}: expected a fraction from 0 up to {1 - VALID_SHARE}"
+        )
     catalogues = find_catalogues(Path(args.source), args.langs.split(","))
     target.mkdir(parents=True, exist_ok=True)
     for lang, paths in catalogues.items():
-        splits = split_pairs(read_pairs(paths))
+        splits = split_pairs(read_pairs(paths), args.test_share)
         for name, pairs in splits.items():
             write_split(target, name, lang, pairs)
         sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in splits.items())
@@ -94,25 +105,25 @@ def split_key(text):
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
-def split_pairs(pairs):
+def split_pairs(pairs, test_share=TEST_SHARE):
     """Deal pairs out to train, valid and test by a hash of the English text.
 
     A text is thus in the same split for every language, on every machine.
     """
     splits = {"train": {}, "valid": {}, "test": {}}
     for english, translation in pairs.items():
-        splits[split_of(english)][english] = translation
+        splits[split_of(english, test_share)][english] = translation
     return splits
 
 
-def split_of(english):
+def split_of(english, test_share=TEST_SHARE):
     if len(english.split()) < MIN_HELD_OUT_WORDS:
         return "train"
     digest = hashlib.sha256(split_key(english).encode("utf-8")).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64  # evenly distributed in 0..1
-    if place < TEST_SHARE:
+    if place < test_share:
         return "test"
-    return "valid" if place < TEST_SHARE + VALID_SHARE else "train"
+    return "valid" if place < test_share + VALID_SHARE else "train"
 
 
 def write_split(target, name, lang, pairs):

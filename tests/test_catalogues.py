@@ -84,7 +84,12 @@ def test_writes_parallel_files_without_overlap(tmp_path):
             lang,
             [(f"Delete page number {i} now", f"{lang} {i}") for i in range(500)],
         )
-    args = Namespace(source=str(tmp_path / "packages"), to=str(tmp_path / "text"), langs="de,ru")
+    args = Namespace(
+        source=str(tmp_path / "packages"),
+        to=str(tmp_path / "text"),
+        langs="de,ru",
+        test_share=0.2,
+    )
     catalogues.run(args)
     english = {}
     for name in ("train", "valid", "test"):
@@ -94,6 +99,13 @@ def test_writes_parallel_files_without_overlap(tmp_path):
             assert len(lines) == len(translations) > 0
             english.setdefault(name, set()).update(lines)
     assert sum(map(len, english.values())) == len(set().union(*english.values())) == 500
+    assert len(english["test"]) == pytest.approx(0.2 * 500, abs=30)
+
+
+def test_wrong_share_is_named(tmp_path):
+    args = Namespace(source=str(tmp_path), to=str(tmp_path), langs="de", test_share=1.5)
+    with pytest.raises(OptionError, match="--test-share 1.5: expected a fraction"):
+        catalogues.run(args)
 
 
 def test_unknown_language_is_named(tmp_path):
