@@ -20,6 +20,10 @@ COMMANDS = {
     "tabulate": ("fairseq_smoe.tabulate", "scores of several models beside the paper's"),
     "analyse": ("fairseq_smoe.analyse", "requested capacity per direction, block and token type"),
     "plot": ("fairseq_smoe.plot", "pictures of requested capacity, experts and training curves"),
+    "checkpoint": (
+        "fairseq_smoe.checkpoint",
+        "inspect, merge, split, strip and average checkpoints",
+    ),
     "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
 }
 

@@ -30,7 +30,7 @@ class StackedMoEBlock(SMoEBlock):
 
     def _run(self, tokens_TD, real_T):
         shared = self.experts.share()
-        here = select(tokens_TD, real_T, may_wait=not shared.grouped)
+        here = select(tokens_TD, real_T, may_wait=shared.waits)
         x_HD = here.take(tokens_TD)
         y_HD = self.norms[0](x_HD)
         gates, losses = [], []

@@ -2,6 +2,7 @@
 
 import re
 
+from fairseq_smoe.checkpoints.parts import is_expert_parameter
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.strata import format_strata
 
@@ -28,8 +29,11 @@ def describe_gates(sizes):
     return f"strata {format_strata(strata)}"
 
 
-def check_layout(model, state_dict):
+def check_layout(model, state_dict, group=None):
     """Compare the expert blocks of a checkpoint with those of ``model``.
+
+    Args:
+        group: :class:`~fairseq_smoe.expert_group.ExpertGroup` that shares the model's experts.
 
     Raises:
         OptionError: another strata layout, expert layers in other places, or other parameters.
@@ -45,6 +49,9 @@ def check_layout(model, state_dict):
                 "--smoe-stacking and --moe-freq, or start in an empty --save-dir"
             )
     expected, found = expert_shapes(own_state), expert_shapes(state_dict)
+    for name in filter(is_expert_parameter, expected if group else ()):
+        num_experts, *rest = expected[name]
+        expected[name] = (num_experts * group.size, *rest)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise OptionError(

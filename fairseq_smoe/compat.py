@@ -4,58 +4,28 @@ Each function repairs one thing and says why; :func:`apply` runs them all. It is
 the plugin is loaded.
 """
 
-import argparse
-import importlib.util
 import os
 import sys
-from functools import partial, wraps
-from types import SimpleNamespace
+from functools import wraps
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
-from fairseq_smoe.errors import OneLineError
+from fairseq_smoe.errors import OneLineError, OptionError
+from fairseq_smoe.lost_ranks import is_lost_connection, roll_call
 
 
 def apply():
-    allow_fairseq_checkpoints()
-    let_ranks_receive_checkpoints()
     find_torchrun_processes_on_cpu()
+    refuse_to_train_nothing()
     let_ddp_run_on_cpu()
-    keep_half_precision_off_the_tpu()
     keep_the_last_batch()
     write_log_files_once()
     explain_chosen_parts_in_help()
     print_user_errors_in_one_line()
 
 
-def allow_fairseq_checkpoints():
-    """torch >= 2.6 unpickles only known types; fairseq's checkpoints hold an argparse.Namespace,
-    and numpy numbers when a metric was computed with numpy (--eval-bleu)."""
-    numbers = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)]
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            np._core.multiarray.scalar,
-            np._core.multiarray._reconstruct,
-            np.ndarray,
-            np.dtype,
-            *numbers,
-        ]
-    )
-
-
-def let_ranks_receive_checkpoints():
-    """On resume, rank 0 sends its state to the others pickled by torch.save, with configuration
-    types that weights-only loading refuses. The sender is this very training, so the receiver may
-    trust it; files stay restricted."""
-    from fairseq.distributed import utils as distributed_utils
-
-    trusting = SimpleNamespace(load=partial(torch.load, weights_only=False))
-    distributed_utils.torch = _Overlay(torch, trusting)
-
-
-class _Overlay:
+class Overlay:
     """A module with some of its attributes replaced."""
 
     def __init__(self, module, replacements):
@@ -94,6 +64,28 @@ def find_torchrun_processes_on_cpu():
     distributed_utils._infer_torch_distributed_launch_init = torchrun_init
 
 
+def refuse_to_train_nothing():
+    """fairseq starts as many processes as there are GPUs: without any, it would end at once, as if
+    all were well."""
+    from fairseq.distributed import utils as distributed_utils
+
+    stock = distributed_utils.call_main
+
+    @wraps(stock)
+    def call_main(cfg, main, **kwargs):
+        training = cfg.distributed_training
+        alone = training.distributed_no_spawn or _under_torchrun()
+        if training.distributed_world_size > 1 and not (alone or torch.cuda.is_available()):
+            raise OptionError(
+                f"--distributed-world-size {training.distributed_world_size}: fairseq starts a "
+                "process for every GPU, and there is none; start them by torchrun "
+                f"--nproc_per_node {training.distributed_world_size} --no-python fairseq-train ..."
+            )
+        return stock(cfg, main, **kwargs)
+
+    distributed_utils.call_main = call_main
+
+
 def _under_torchrun():
     return all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
 
@@ -111,24 +103,6 @@ def let_ddp_run_on_cpu():
         return stock(module, device_ids=device_ids, output_device=output_device, **kwargs)
 
     distributed_fairseq_model.DistributedDataParallel = ddp
-
-
-def keep_half_precision_off_the_tpu():
-    """--bf16 switches fairseq to a TPU, whether there is one or not; and without a GPU, --fp16
-    asks for one to flatten its gradients on."""
-    from fairseq.trainer import Trainer
-
-    stock_init = Trainer.__init__
-
-    @wraps(stock_init)
-    def init(self, cfg, *args, **kwargs):
-        if importlib.util.find_spec("torch_xla") is None:
-            cfg.common.tpu = False
-        if cfg.common.cpu or not torch.cuda.is_available():
-            cfg.common.fp16_no_flatten_grads = True
-        stock_init(self, cfg, *args, **kwargs)
-
-    Trainer.__init__ = init
 
 
 def keep_the_last_batch():
@@ -199,12 +173,15 @@ def print_user_errors_in_one_line():
     stock_hook = sys.excepthook
 
     def hook(kind, error, traceback):
-        cause = error
-        while cause is not None and not isinstance(cause, OneLineError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            stock_hook(kind, error, traceback)
+        causes = [error]
+        while causes[-1] is not None:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        ours = [cause for cause in causes if isinstance(cause, OneLineError)]
+        if ours:
+            print(f"error: {ours[0]}", file=sys.stderr)
+        elif dist.is_initialized() and any(map(is_lost_connection, causes)):
+            print(f"error: {roll_call()} ({error})", file=sys.stderr)
         else:
-            print(f"error: {cause}", file=sys.stderr)
+            stock_hook(kind, error, traceback)
 
     sys.excepthook = hook

@@ -12,23 +12,16 @@ import torch
 
 
 @dataclass(frozen=True)
-class Dispatch:
-    """Which token each expert row holds.
+class Runs:
+    """Rows that stand expert by expert.
 
     Attributes:
-        row_choice_N: index of the row's choice in the flattened (K, T) table.
-        row_token_N: token of each row.
         rows_E: number of rows of each expert.
-        kept_KT: False where the expert was full; None when there was no limit.
-        valid_N: where shapes may not depend on the choices, N is K * T and the rows behind those
-            of the last expert are no expert's: False there. Otherwise None.
+        num_rows: N, of all together; behind those of the last expert may be others.
     """
 
-    row_choice_N: torch.Tensor
-    row_token_N: torch.Tensor
     rows_E: torch.Tensor
-    kept_KT: Optional[torch.Tensor]
-    valid_N: Optional[torch.Tensor]
+    num_rows: int
 
     @cached_property
     def rows_per_expert(self):
@@ -43,8 +36,26 @@ class Dispatch:
     @cached_property
     def row_expert_N(self):
         """Expert of each row; the last one for rows that are no expert's."""
-        rows = torch.arange(len(self.row_token_N), device=self.ends_E.device, dtype=torch.int32)
+        rows = torch.arange(self.num_rows, device=self.ends_E.device, dtype=torch.int32)
         return torch.searchsorted(self.ends_E, rows, right=True).clamp(max=len(self.rows_E) - 1)
+
+
+@dataclass(frozen=True)
+class Dispatch(Runs):
+    """Which token each expert row holds.
+
+    Attributes:
+        row_choice_N: index of the row's choice in the flattened (K, T) table.
+        row_token_N: token of each row.
+        kept_KT: False where the expert was full; None when there was no limit.
+        valid_N: where shapes may not depend on the choices, N is K * T and the rows behind those
+            of the last expert are no expert's: False there. Otherwise None.
+    """
+
+    row_choice_N: torch.Tensor
+    row_token_N: torch.Tensor
+    kept_KT: Optional[torch.Tensor]
+    valid_N: Optional[torch.Tensor]
 
 
 def plan_dispatch(experts_KT, num_experts, capacity=None, here_T=None):
@@ -84,7 +95,8 @@ def plan_dispatch(experts_KT, num_experts, capacity=None, here_T=None):
     valid_N = None
     if here_T is not None:
         valid_N = torch.arange(len(chosen), device=chosen.device) < rows_E.sum()
-    return Dispatch(row_choice_N, row_choice_N % max(num_tokens, 1), rows_E, kept_KT, valid_N)
+    row_token_N = row_choice_N % max(num_tokens, 1)
+    return Dispatch(rows_E, len(row_token_N), row_choice_N, row_token_N, kept_KT, valid_N)
 
 
 def gather_rows(tokens_TD, dispatch):

@@ -11,3 +11,11 @@ class OptionError(OneLineError, ValueError):
 
 class NonFiniteGateError(OneLineError, FloatingPointError):
     """A gate produced NaN or infinity: names the layer."""
+
+
+class CheckpointError(OneLineError):
+    """A checkpoint cannot be read or written: names its file."""
+
+
+class DiskFullError(OptionError):
+    """The disk is full: names the file that was not written."""

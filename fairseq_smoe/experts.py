@@ -35,6 +35,9 @@ class Experts(nn.Module):
         activation_dropout: on the hidden units.
         backend: "loop" multiplies expert by expert; "grouped_mm" by torch's function of that name,
             without waiting for the device; "auto" takes that where torch has a kernel for it.
+        group: :class:`~fairseq_smoe.expert_group.ExpertGroup` of processes that share the experts:
+            this one holds E / R of them, and the parameters are those. None for a process that
+            holds all.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Experts(nn.Module):
         activation_fn=F.relu,
         activation_dropout=0.0,
         backend="auto",
+        group=None,
     ):
         super().__init__()
         if backend not in BACKENDS:
@@ -52,18 +56,35 @@ class Experts(nn.Module):
         self.backend = backend
         self.activation_fn = activation_fn
         self.activation_dropout = activation_dropout
-        self.fc1_weight = nn.Parameter(torch.empty(num_experts, embed_dim, ffn_dim))
-        self.fc1_bias = nn.Parameter(torch.empty(num_experts, ffn_dim))
-        self.fc2_weight = nn.Parameter(torch.empty(num_experts, ffn_dim, embed_dim))
-        self.fc2_bias = nn.Parameter(torch.empty(num_experts, embed_dim))
-        self.reset_parameters()
+        self.group = group
+        self._all_experts = None
+        for layer, width, out_width in (("fc1", embed_dim, ffn_dim), ("fc2", ffn_dim, embed_dim)):
+            # as nn.Linear: a dense FFN starts the same way
+            bound = 1 / math.sqrt(width)
+            for name, shape in (("weight", (width, out_width)), ("bias", (out_width,))):
+                tensor = torch.empty(num_experts, *shape).uniform_(-bound, bound)
+                if group is not None:
+                    tensor = group.share(tensor).clone()  # the same as with a process for all
+                parameter = nn.Parameter(tensor)
+                if group is not None:
+                    parameter.expert = True  # fairseq's mark of what ranks do not have in common
+                self.register_parameter(f"{layer}_{name}", parameter)
 
-    def reset_parameters(self):
-        """Initialise every expert as ``nn.Linear`` would: a dense FFN starts the same way."""
-        for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
-            bound = 1 / math.sqrt(weight.shape[1])
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
+    @property
+    def exchanges(self):
+        """Whether rows go to other processes."""
+        return self.group is not None and self._all_experts is None
+
+    @torch.no_grad()
+    def gather(self):
+        """Get the experts of all processes, to compute alone until :meth:`release`: for those that
+        do not go through the same steps. Every process of the group has to call this."""
+        if self.group is not None:
+            self._all_experts = [self.group.all_experts(own) for own in self.parameters()]
+
+    def release(self):
+        """Let go of other processes' experts."""
+        self._all_experts = None
 
     def share(self):
         """:class:`SharedExperts` for one forward pass of a block.
@@ -71,7 +92,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: backend "grouped_mm" cannot multiply with these weights.
         """
-        parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        parameters = self._all_experts or self.parameters()
         device, dtype = self.fc1_weight.device.type, self.fc1_weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -83,28 +104,38 @@ class Experts(nn.Module):
                 f"needs rows of a multiple of {ALIGNMENT} bytes, and no float64"
             )
         _log_once("grouped_mm" if grouped else "loop", device, dtype)
-        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped)
+        waits = not grouped or self.exchanges
+        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
 
-    def forward(self, rows_ND, dispatch, shared, experts):
+    def forward(self, rows_ND, runs, shared, experts):
         """Apply to each run of rows its expert.
 
         Args:
-            rows_ND: rows sorted by expert.
-            dispatch: :class:`~fairseq_smoe.dispatch.Dispatch` of the rows.
+            rows_ND: rows sorted by expert; where they are exchanged, in the group's sending order.
+            runs: :class:`~fairseq_smoe.dispatch.Runs` of the rows.
             shared: what :meth:`share` returned.
             experts: ``range`` of those that the runs belong to.
 
         Returns:
             (N, D)
         """
+        if not self.exchanges:
+            return self._multiply(rows_ND, runs, shared, experts)
+        exchange = self.group.exchange(runs.rows_E, experts)
+        rows_MD = exchange.send(rows_ND)
+        if exchange.experts:  # of late strata, a process may have none
+            rows_MD = self._multiply(rows_MD, exchange.runs, shared, exchange.experts)
+        return exchange.send_back(rows_MD)
+
+    def _multiply(self, rows_ND, runs, shared, experts):
         rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
         drops = self.training and self.activation_dropout
         activate = self._activate_and_drop if drops else self.activation_fn
         if not shared.grouped:
-            rows_E = dispatch.rows_per_expert
+            rows_E = runs.rows_per_expert
             return expert_loop(rows_ND, rows_E, shared.fc1, shared.fc2, experts, activate)
-        hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, dispatch))
-        return grouped_linear(hidden_NF, shared.fc2, experts, dispatch)
+        hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
+        return grouped_linear(hidden_NF, shared.fc2, experts, runs)
 
     def _activate_and_drop(self, hidden_NF):
         return F.dropout(self.activation_fn(hidden_NF), self.activation_dropout)
@@ -121,9 +152,11 @@ class SharedExperts:
 
     Attributes:
         fc1, fc2: :class:`~fairseq_smoe.shared_weight.SharedWeight`
-        grouped: whether ``grouped_mm`` multiplies, so that nothing has to be known on the host.
+        grouped: whether ``grouped_mm`` multiplies.
+        waits: whether the host has to know numbers of rows, for which it waits for the device.
     """
 
     fc1: SharedWeight
     fc2: SharedWeight
     grouped: bool
+    waits: bool

@@ -14,19 +14,19 @@ class _Grouped(torch.autograd.Function):
     """One call for all experts; the host need not know how many rows each has."""
 
     @staticmethod
-    def forward(ctx, rows_NI, weight_EIO, bias_EO, gradients, experts, dispatch):
+    def forward(ctx, rows_NI, weight_EIO, bias_EO, gradients, experts, runs):
         ctx.save_for_backward(rows_NI, weight_EIO)
-        ctx.rest = gradients, experts, dispatch
+        ctx.rest = gradients, experts, runs
         own = slice(experts.start, experts.stop)
-        out_NO = F.grouped_mm(rows_NI, weight_EIO[own], offs=dispatch.ends_E)
-        return out_NO.add_(bias_EO[own].index_select(0, dispatch.row_expert_N))
+        out_NO = F.grouped_mm(rows_NI, weight_EIO[own], offs=runs.ends_E)
+        return out_NO.add_(bias_EO[own].index_select(0, runs.row_expert_N))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_NO):
         rows_NI, weight_EIO = ctx.saved_tensors
-        gradients, experts, dispatch = ctx.rest
-        own, ends_E = slice(experts.start, experts.stop), dispatch.ends_E
+        gradients, experts, runs = ctx.rest
+        own, ends_E = slice(experts.start, experts.stop), runs.ends_E
         grad_NO = grad_NO.contiguous()
         # sums over an expert's rows, as products with ones
         ones_N1 = grad_NO.new_ones(len(grad_NO), ALIGNMENT // grad_NO.element_size())
@@ -39,21 +39,21 @@ class _Grouped(torch.autograd.Function):
         return grad_NI, None, None, None, None, None
 
 
-def grouped_linear(rows_NI, shared, experts, dispatch):
+def grouped_linear(rows_NI, shared, experts, runs):
     """Apply to each run of rows its expert's weight and bias, in one call.
 
     Args:
         rows_NI: rows sorted by expert.
         shared: :class:`~fairseq_smoe.shared_weight.SharedWeight`
         experts: ``range`` of the experts that the runs belong to.
-        dispatch: :class:`~fairseq_smoe.dispatch.Dispatch` without regard to shapes; rows of the
-            result, and of the gradient of ``rows_NI``, that are no expert's are undefined.
+        runs: :class:`~fairseq_smoe.dispatch.Runs` of the rows; those of the result, and of the
+            gradient of ``rows_NI``, that are no expert's are undefined.
 
     Returns:
         (N, O)
     """
     weight_EIO, bias_EO = shared.weight_EIO, shared.bias_EO
-    return _Grouped.apply(rows_NI, weight_EIO, bias_EO, shared.gradients, experts, dispatch)
+    return _Grouped.apply(rows_NI, weight_EIO, bias_EO, shared.gradients, experts, runs)
 
 
 def grouped_mm_takes(weight_EIO):

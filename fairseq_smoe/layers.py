@@ -33,6 +33,7 @@ def build_expert_block(cfg, side):
         norm=cfg.smoe_norm,
         eom=cfg.moe_eom,
         expert_backend=cfg.moe_expert_backend,
+        expert_group=cfg.expert_group,
         **ffn_options,
     )
     if cfg.moe_cmr:
@@ -64,8 +65,14 @@ class ExpertLayerMixin:
     def add_expert_block(self, cfg, side):
         self.final_layer_norm = nn.Identity()  # the block owns its LayerNorms
         self.expert_block = build_expert_block(cfg, side)
+        self.expert_group = cfg.expert_group
         self.checkpoint_activations = cfg.checkpoint_activations
         self.routing_stats = None
+
+    @property
+    def experts(self):
+        """The :class:`~fairseq_smoe.experts.Experts` of the block."""
+        return getattr(self.expert_block, "block", self.expert_block).experts
 
     def maybe_checkpointed(self, function):
         """``function``, recomputed in backward under --checkpoint-activations.
@@ -126,3 +133,10 @@ def expert_layers(model):
         for name, module in model.named_modules()
         if isinstance(module, ExpertLayerMixin)
     ]
+
+
+def find_expert_group(model):
+    """The :class:`~fairseq_smoe.expert_group.ExpertGroup` that holds a model's experts; None where
+    this process holds all."""
+    groups = [layer.expert_group for _, layer in expert_layers(model)]
+    return groups[0] if groups else None

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import fields
 
+import torch.distributed as dist
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import (
@@ -13,8 +14,15 @@ from fairseq.models.transformer import (
 )
 
 from fairseq_smoe.checkpoint_layout import check_layout
-from fairseq_smoe.layers import SMoEDecoderLayer, SMoEEncoderLayer
-from fairseq_smoe.options import SMoETransformerOptions, check_options, is_expert_layer
+from fairseq_smoe.checkpoints.parts import load_experts
+from fairseq_smoe.expert_group import form_expert_group
+from fairseq_smoe.layers import SMoEDecoderLayer, SMoEEncoderLayer, find_expert_group
+from fairseq_smoe.options import (
+    SMoETransformerOptions,
+    check_options,
+    expert_parallel_size,
+    is_expert_layer,
+)
 
 
 class SMoEEncoder(TransformerEncoderBase):
@@ -75,6 +83,13 @@ class SMoETransformer(TransformerModelBase):
             options.decoder_ffn_embed_dim = options.encoder_ffn_embed_dim
         options.decoder_input_dim = options.decoder_output_dim = options.decoder_embed_dim
         options.strata = strata
+        options.expert_group = None
+        in_step = dist.is_initialized() and getattr(task, "trains_in_step", True)
+        if strata is not None and in_step and dist.get_world_size() > 1:
+            options.expert_group = form_expert_group(
+                expert_parallel_size(options, sum(strata), dist.get_world_size()),
+                getattr(getattr(task, "args", None), "distributed_timeout", None),
+            )
         return super().build_model(TransformerConfig.from_namespace(options), task)
 
     @classmethod
@@ -87,7 +102,8 @@ class SMoETransformer(TransformerModelBase):
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         if strict:
-            check_layout(self, state_dict)
+            check_layout(self, state_dict, find_expert_group(self))
+        state_dict = load_experts(self, state_dict, find_expert_group(self))
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 

@@ -12,6 +12,7 @@ from fairseq.models.transformer.transformer_config import (
 )
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.expert_group import default_group_size
 from fairseq_smoe.experts import BACKENDS
 from fairseq_smoe.smoe_block import NORMS, SECOND_EXPERT_POLICIES
 from fairseq_smoe.strata import format_strata, parse_strata
@@ -79,6 +80,12 @@ class RoutingOptions(FairseqDataclass):
         "function of that name, without waiting for the GPU; 'auto' takes that where it has a "
         "kernel (bfloat16 on GPUs from Ampere on). Changes speed only",
     )
+    moe_expert_parallel_size: Optional[int] = _option(
+        None,
+        "processes that share the experts, each holding a part of them; it divides the number of "
+        "processes and that of experts. 1: every process holds all (default: the greatest that "
+        "divides both)",
+    )
     moe_gating_use_fp32: bool = _option(
         True, "kept for old command lines: gates compute in float32 in any case"
     )
@@ -139,6 +146,24 @@ def is_expert_layer(options, side, index):
     return period > 0 and (index + 1) % period == 0
 
 
+def expert_parallel_size(options, num_experts, num_processes):
+    """Processes that share the experts.
+
+    Raises:
+        OptionError: --moe-expert-parallel-size does not divide the processes.
+    """
+    size = options.moe_expert_parallel_size
+    if size is None:
+        return default_group_size(num_processes, num_experts)
+    if num_processes % size:
+        fitting = [n for n in range(1, num_processes + 1) if num_processes % n == num_experts % n == 0]
+        raise OptionError(
+            f"--moe-expert-parallel-size {size}: does not divide the {num_processes} processes; "
+            f"expected one of {', '.join(map(str, fitting))}"
+        )
+    return size
+
+
 def resolve_strata(options):
     """The stratum layout that the options ask for.
 
@@ -191,6 +216,12 @@ def check_options(options):
                     f"--moe-expert-backend grouped_mm with {_flag(name)} {value}: expected a "
                     f"multiple of {GROUPED_MULTIPLE}, or another backend"
                 )
+    size = options.moe_expert_parallel_size
+    if size is not None and (size < 1 or sum(strata) % size):
+        raise OptionError(
+            f"--moe-expert-parallel-size {size}: expected a divisor of the {sum(strata)} experts of "
+            f"--smoe-strata {format_strata(strata)}"
+        )
     if options.moe_capacity_factor < 0:
         raise OptionError(
             f"--moe-capacity-factor {options.moe_capacity_factor}: expected 0 (no limit) or more"

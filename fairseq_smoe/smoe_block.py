@@ -94,6 +94,9 @@ class SMoEBlock(nn.Module):
             evaluation all are scaled by ``1 - eom``.
         activation_fn: activation of the experts.
         expert_backend: see :class:`~fairseq_smoe.experts.Experts`.
+        expert_group: :class:`~fairseq_smoe.expert_group.ExpertGroup` of processes that share the
+            experts; each calls the block with tokens of its own, which have the capacity that they
+            would have alone. None for a process that holds all experts.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class SMoEBlock(nn.Module):
         eom=0.0,
         activation_fn=F.relu,
         expert_backend="auto",
+        expert_group=None,
     ):
         super().__init__()
         if not strata or min(strata) < 1:
@@ -138,8 +142,17 @@ class SMoEBlock(nn.Module):
             nn.Linear(embed_dim, len(experts), bias=False) for experts in self.visible
         )
         self.experts = Experts(
-            sum(strata), embed_dim, ffn_dim, activation_fn, activation_dropout, expert_backend
+            sum(strata),
+            embed_dim,
+            ffn_dim,
+            activation_fn,
+            activation_dropout,
+            expert_backend,
+            expert_group,
         )
+        for i, experts in enumerate(self.visible if expert_group else ()):
+            order_E = expert_group.sending_order(experts)
+            self.register_buffer(f"sending_order_{i}", order_E, persistent=False)
         stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
         self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
 
@@ -179,7 +192,7 @@ class SMoEBlock(nn.Module):
         stratum_T, passes_T = behind_all, torch.zeros_like(behind_all)
         for i, visible in enumerate(self.visible):
             at_gate_T = stratum_T == i if i else real_T
-            here = select(tokens_TD, at_gate_T, may_wait=not shared.grouped)
+            here = select(tokens_TD, at_gate_T, may_wait=shared.waits)
             x_HD = here.take(tokens_TD)
             normed_HD = self.norms[i](x_HD)
             y_HD, record, loss = self._visit(normed_HD, i, shared, here.mask_H)
@@ -203,7 +216,10 @@ class SMoEBlock(nn.Module):
         if self.training and self.capacity_factor is not None:
             num_tokens = len(normed_TD) if here_T is None else here_T.sum()
             capacity = expert_capacity(num_tokens, len(visible), self.capacity_factor)
-        plan = plan_dispatch(experts_KT, len(visible), capacity, here_T)
+        rows_KT = experts_KT  # rows stand in the order of experts
+        if self.experts.exchanges:
+            rows_KT = getattr(self, f"sending_order_{i}")[experts_KT]
+        plan = plan_dispatch(rows_KT, len(visible), capacity, here_T)
         weights_KT = self._mask_outputs(combine_weights(scores_TE, experts_KT, plan.kept_KT))
         rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
         record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT, here_T)

@@ -4,6 +4,7 @@ import json
 import os
 
 import torch
+import torch.distributed as dist
 from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
@@ -12,6 +13,7 @@ from fairseq_smoe import validation_bleu
 from fairseq_smoe.capacity_meter import CapacityMeter
 from fairseq_smoe.data_manager import DirectionDataManager, all_directions
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.layers import expert_layers
 from fairseq_smoe.memory import keep_freed_memory
 from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.task_files import LANGS_FILE
@@ -44,6 +46,20 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             help="put no language token in front of the target",
         )
         parser.add_argument(
+            "--distributed-timeout",
+            type=int,
+            default=600,
+            metavar="SECONDS",
+            help="how long a process waits for another before the training ends with an error that "
+            "names the lost ones (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--restore-fallback",
+            action="store_true",
+            help="where the checkpoint to go on from is damaged, go on from the newest one in its "
+            "folder that is whole",
+        )
+        parser.add_argument(
             "--requested-capacity-file",
             metavar="FILE",
             help="at generation: keep the mean requested capacity of encoder and decoder, per "
@@ -69,6 +85,32 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             self.validation_bleu = validation_bleu.ValidationBLEU(
                 args, self.lang_pairs, self.target_dictionary, self.data_manager
             )
+
+    def build_model(self, args, from_checkpoint=False):
+        # to translate or to validate, processes do not keep step, and cannot share experts
+        self.trains_in_step = not from_checkpoint
+        return super().build_model(args, from_checkpoint)
+
+    def train_step(self, sample, model, *args, **kwargs):
+        experts = [layer.experts for _, layer in expert_layers(model)]
+        for layer in experts:
+            layer.release()
+        try:
+            return super().train_step(sample, model, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if not any(layer.exchanges for layer in experts):
+                raise  # fairseq leaves the batch out
+            raise OptionError(
+                f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, and "
+                "the others wait for its experts; give fewer"
+            ) from error
+
+    def begin_valid_epoch(self, epoch, model):
+        super().begin_valid_epoch(epoch, model)
+        if self.validation_bleu is not None:
+            # translations take as many steps as their sentences need, other ranks' not as many
+            for _, layer in expert_layers(model):
+                layer.experts.gather()
 
     def valid_step(self, sample, model, criterion):
         loss, sample_size, logging_output = super().valid_step(sample, model, criterion)

@@ -1,7 +1,6 @@
 """A checkpoint: what it is, what it was trained with, and the model in it."""
 
 import hashlib
-import pickle
 import zipfile
 from copy import copy
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ def read_saved_model(path, data=None):
         overrides["data"] = str(data)
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, KeyError) as error:
         raise OptionError(
             f"{path}: cannot be read as a checkpoint ({type(error).__name__}); give one that "
             "fairseq-train has written whole"

@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from fairseq_smoe.errors import OptionError
+from fairseq_smoe.errors import DiskFullError, OptionError
 
 
 @contextmanager
@@ -13,7 +13,7 @@ def whole_file(path, mode="wb", **options):
     """``open(path, mode)`` for writing; the file takes its name only when all of it is written.
 
     Raises:
-        OptionError: the disk is full; what was written of the file is removed.
+        DiskFullError: what was written of the file is removed.
     """
     path = Path(path)
     # of this process alone: an orphan of a killed run may still be writing the same file
@@ -36,7 +36,7 @@ def disk_space_for(path):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OptionError(
+        raise DiskFullError(
             f"{path}: the disk is full; free some space and run the same command again, which "
             "goes on from what is complete"
         ) from error

@@ -1,0 +1,83 @@
+"""Naming the processes of a training that have died or cannot be reached."""
+
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+PATIENCE = 10  # seconds that the others have to notice a failure, too
+
+# of the messages of torch's backends when a process does not answer; only some have a type
+_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Timed out waiting",
+    "Read timeout",
+    "Socket Timeout",
+    "No route to host",
+    "Network is unreachable",
+    "Connection timed out",
+    "NCCL",
+    "gloo",
+)
+
+
+def sign_in():
+    """Let the others know the name of this process's machine. To be called by all processes."""
+    _store().set(f"machine/{dist.get_rank()}", socket.gethostname())
+
+
+def is_lost_connection(error):
+    """Whether an exception says that another process does not answer."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def roll_call(patience=PATIENCE):
+    """Ask who is there, after a failure.
+
+    Every process that notices the failure calls this; those that do not are the lost ones. What
+    they have in common is torch's store, on the machine of the first process.
+
+    Args:
+        patience: seconds to wait for the others.
+
+    Returns:
+        A sentence that names the lost processes.
+    """
+    me, everyone = dist.get_rank(), range(dist.get_world_size())
+    deadline = time.monotonic() + patience
+    try:
+        store = _store()
+        store.set_timeout(timedelta(seconds=patience))
+        store.set(f"present/{me}", "")
+        lost = [rank for rank in everyone if not _is_present(store, rank, deadline)]
+        names = [f"rank {rank} ({_machine(store, rank)})" for rank in lost]
+    except RuntimeError:
+        return f"rank {me}: the store of the processes, on the machine of rank 0, cannot be reached"
+    if not lost:
+        return f"rank {me}: a connection between processes failed, though all of them answer"
+    verb = "has" if len(lost) == 1 else "have"
+    return f"rank {me}: {', '.join(names)} {verb} died or cannot be reached"
+
+
+def _is_present(store, rank, deadline):
+    while not store.check([f"present/{rank}"]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _machine(store, rank):
+    name = f"machine/{rank}"
+    return store.get(name).decode() if store.check([name]) else "machine unknown"
+
+
+def _store():
+    # torch has no public name for the store that its processes have in common
+    return dist.distributed_c10d._get_default_store()

@@ -1,0 +1,38 @@
+"""Functions run in several processes that talk to each other by gloo."""
+
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function, world_size, *args):
+    """``function(rank, *args)`` in every one of ``world_size`` processes.
+
+    It has to be a function of a module. A failure on any rank fails the test, with that rank's
+    traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        mp.spawn(_run, (function, world_size, store, args), nprocs=world_size)
+
+
+def _run(rank, function, world_size, store, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        function(rank, *args)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    dist.destroy_process_group()

@@ -1,0 +1,163 @@
+"""Trainings whose experts are shared by processes, by the real commands: against one process,
+and their checkpoints under other numbers of processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import toy_task
+from toy_task import run, train_command
+
+# without anything random: the same batches then give the same losses in any number of processes.
+# Not Adam, which divides by the gradient's size, also where it is mere rounding
+EXACT = {
+    "dropout": 0,
+    "moe_second_expert_policy": "all",
+    "moe_capacity_factor": 0,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "lr": 0.02,
+    "lr_scheduler": "fixed",
+    "warmup_updates": None,
+    "total_num_update": None,
+    "clip_norm": 0.5,
+    "max_tokens": 700,  # an epoch of 50 batches: the last update of four has two
+    "log_interval": 1,
+    "max_update": 20,
+}
+
+
+EXACT_LOGS = Path(__file__).parent / "exact_logs.py"
+
+
+def train(data, folder, processes, *model, check=True, **options):
+    """fairseq-train with exact logs, in one process or under torchrun."""
+    arguments = train_command(data, folder, *model, **{**EXACT, **options})[1:]
+    start = ["python"]
+    if processes > 1:
+        start = ["torchrun", "--standalone", "--nproc_per_node", processes]
+    return run(*start, EXACT_LOGS, "train", *arguments, check=check)
+
+
+def losses(outcome):
+    found = {int(r["num_updates"]): r["loss"] for r in outcome.log("train_inner")}
+    assert found, outcome.tail()
+    return found
+
+
+def parameters(checkpoint, folder):
+    """Of a checkpoint in one piece, made by the command that users have."""
+    whole = folder / "whole.pt"
+    run("python", "-m", "fairseq_smoe", "checkpoint", "merge", checkpoint, whole)
+    return torch.load(whole, weights_only=False)["model"]
+
+
+@pytest.fixture(scope="module")
+def alone(make_once, data):
+    """``alone(strata)``: one process that has the batches of four in an update."""
+
+    def trained(strata):
+        def make(folder):
+            outcome = train(data, folder, 1, "--smoe-strata", strata, update_freq=4)
+            (folder / "losses.json").write_text(json.dumps(losses(outcome)))
+
+        return make_once(f"alone-{strata}", make)
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    "processes, size, strata, more",
+    [
+        (4, 4, "2-2-2-2", {}),
+        (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
+        (4, None, "4-4", {"ddp_backend": "legacy_ddp"}),  # 4 by default
+        (4, 1, "4-4", {}),
+        (2, 2, "4-4", {"update_freq": 2}),
+        (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
+    ],
+)
+def test_processes_train_the_model_that_one_trains(
+    processes, size, strata, more, alone, data, tmp_path
+):
+    """20 updates over the end of an epoch, where some processes have no batch of their own, with
+    gradients clipped: losses, and all parameters."""
+    model = ("--smoe-strata", strata)
+    outcome = train(
+        data, tmp_path, processes, *model, moe_expert_parallel_size=size, **more
+    )
+    expected = json.loads((alone(strata) / "losses.json").read_text())
+    actual = losses(outcome)
+    assert actual == pytest.approx({int(n): v for n, v in expected.items()}, abs=1e-5)
+    reference = torch.load(alone(strata) / "checkpoint_last.pt", weights_only=False)["model"]
+    trained = parameters(tmp_path / "checkpoint_last.pt", tmp_path)
+    assert trained.keys() == reference.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+# --------------------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.fixture(scope="module")
+def by_four(make_once, data):
+    """10 updates by four processes, each with a fourth of the experts."""
+
+    def make(folder):
+        outcome = train(data, folder, 4, "--smoe-strata", "2-2-2-2", max_update=10)
+        (folder / "valid.json").write_text(json.dumps(outcome.log("valid")[-1]))
+
+    return make_once("by-four", make)
+
+
+def copy_of(folder, target):
+    shutil.copytree(folder, target)
+    return target
+
+
+@pytest.mark.parametrize("processes, size", [(2, 2), (2, 1), (1, None)])
+def test_another_number_of_processes_goes_on(processes, size, by_four, alone, data, tmp_path):
+    """The losses are those of an unbroken training of one process."""
+    folder = copy_of(by_four, tmp_path / "run")
+    outcome = train(
+        data,
+        folder,
+        processes,
+        *("--smoe-strata", "2-2-2-2"),
+        update_freq=4 // processes,
+        moe_expert_parallel_size=size,
+    )
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+    remaining = list(folder.glob("experts-*"))
+    assert len(remaining) == ((size or 1) > 1), "parts of checkpoints that are no more are removed"
+
+
+def test_four_processes_go_on_with_what_one_has_written(alone, data, tmp_path):
+    model = ("--smoe-strata", "2-2-2-2")
+    train(data, tmp_path, 1, *model, update_freq=4, max_update=10)
+    outcome = train(data, tmp_path, 4, *model)
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+
+
+def test_validation_and_translation_by_one_process(by_four, data, tmp_path):
+    """Of the checkpoint of four, as it lies there, and of one file made of it."""
+    expected = json.loads((by_four / "valid.json").read_text())
+    whole = tmp_path / "whole.pt"
+    run("python", "-m", "fairseq_smoe", "checkpoint", "merge", by_four / "checkpoint_best.pt", whole)
+    translations = []
+    for checkpoint in (by_four / "checkpoint_best.pt", whole):
+        outcome = run(
+            *("python", EXACT_LOGS, "validate", data),
+            *("--user-dir", "fairseq_smoe", "--task", "smoe_translation", "--cpu"),
+            *("--path", checkpoint, "--max-tokens", "700", "--log-format", "json"),
+            *("--lang-pairs", ",".join(toy_task.DIRECTIONS)),
+        )
+        (record,) = outcome.log("valid")
+        assert record["valid_loss"] == pytest.approx(expected["valid_loss"], abs=1e-6)
+        translations.append(toy_task.generate(data, checkpoint).sentences)
+    assert translations[0] == translations[1] and len(translations[0]) == 60
