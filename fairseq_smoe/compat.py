@@ -4,6 +4,7 @@ Each function repairs one thing and says why; :func:`apply` runs them all. It is
 the plugin is loaded.
 """
 
+import logging
 import os
 import sys
 from functools import wraps
@@ -180,7 +181,10 @@ def print_user_errors_in_one_line():
         if ours:
             print(f"error: {ours[0]}", file=sys.stderr)
         elif dist.is_initialized() and any(map(is_lost_connection, causes)):
-            print(f"error: {roll_call()} ({error})", file=sys.stderr)
+            # torch catches what goes to sys.stderr, to print it when this returns
+            print(f"error: {roll_call()} ({error})", file=sys.__stderr__, flush=True)
+            logging.shutdown()
+            os._exit(1)  # torch's own end may wait for those that are lost
         else:
             stock_hook(kind, error, traceback)
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_to_all_single
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from fairseq_smoe.dispatch import Runs
 
@@ -174,15 +174,10 @@ class Exchange:
 
     def send(self, rows_ND):
         """(N, D) rows in sending order -> (M, D) rows of this rank's experts, one after another."""
-        rows_MD = rows_ND.new_empty(len(self.order_M), rows_ND.shape[1])
-        rows_MD = self._all_to_all(rows_MD, rows_ND, self.received_R, self.sent_R)
+        rows_MD = all_to_all_single_autograd(rows_ND, self.received_R, self.sent_R, self.ranks)
         return rows_MD.index_select(0, self.order_M)
 
     def send_back(self, rows_MD):
         """The inverse of :meth:`send`, for the experts' outputs."""
-        rows_ND = rows_MD.new_empty(sum(self.sent_R), rows_MD.shape[1])
         rows_MD = rows_MD.index_select(0, self.order_M.argsort())
-        return self._all_to_all(rows_ND, rows_MD, self.sent_R, self.received_R)
-
-    def _all_to_all(self, received, sent, received_R, sent_R):
-        return all_to_all_single(received, sent, received_R, sent_R, group=self.ranks)
+        return all_to_all_single_autograd(rows_MD, self.sent_R, self.received_R, self.ranks)

@@ -150,7 +150,7 @@ def fall_back_to_a_whole_checkpoint():
 
     @wraps(stock)
     def load_checkpoint(cfg, trainer, **kwargs):
-        if getattr(trainer.task.args, "restore_fallback", False):
+        if getattr(trainer.cfg.task, "restore_fallback", False):
             asked = cfg.restore_file
             if asked == "checkpoint_last.pt":
                 asked = os.path.join(cfg.save_dir, asked)

@@ -1,6 +1,8 @@
 """Naming the processes of a training that have died or cannot be reached."""
 
+import queue
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -44,25 +46,37 @@ def roll_call(patience=PATIENCE):
     they have in common is torch's store, on the machine of the first process.
 
     Args:
-        patience: seconds to wait for the others.
+        patience: seconds to wait for the others; twice as long for the store itself.
 
     Returns:
         A sentence that names the lost processes.
     """
-    me, everyone = dist.get_rank(), range(dist.get_world_size())
+    found = queue.SimpleQueue()
+    # where the machine of the store is cut off, some of its functions never return
+    threading.Thread(target=lambda: found.put(_find_lost(patience)), daemon=True).start()
+    me = f"rank {dist.get_rank()}"
+    try:
+        lost = found.get(timeout=2 * patience)
+    except queue.Empty:
+        lost = None
+    if lost is None:
+        return f"{me}: the machine of rank 0, where the processes meet, cannot be reached"
+    if not lost:
+        return f"{me}: a connection between processes failed, though all of them answer"
+    return f"{me}: {', '.join(lost)} {'has' if len(lost) == 1 else 'have'} died or cannot be reached"
+
+
+def _find_lost(patience):
+    """Names of those that do not answer; None where nobody can be asked."""
     deadline = time.monotonic() + patience
     try:
         store = _store()
         store.set_timeout(timedelta(seconds=patience))
-        store.set(f"present/{me}", "")
-        lost = [rank for rank in everyone if not _is_present(store, rank, deadline)]
-        names = [f"rank {rank} ({_machine(store, rank)})" for rank in lost]
+        store.set(f"present/{dist.get_rank()}", "")
+        lost = [r for r in range(dist.get_world_size()) if not _is_present(store, r, deadline)]
+        return [f"rank {rank} ({_machine(store, rank)})" for rank in lost]
     except RuntimeError:
-        return f"rank {me}: the store of the processes, on the machine of rank 0, cannot be reached"
-    if not lost:
-        return f"rank {me}: a connection between processes failed, though all of them answer"
-    verb = "has" if len(lost) == 1 else "have"
-    return f"rank {me}: {', '.join(names)} {verb} died or cannot be reached"
+        return None
 
 
 def _is_present(store, rank, deadline):

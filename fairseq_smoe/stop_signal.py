@@ -27,3 +27,5 @@ class StopSignal:
 
     def _remember(self, number, _):
         self.number = number
+        # the processes that load data may have got it, too; torch takes their end for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import sys
 
@@ -144,6 +145,8 @@ class SMoETrainer(Trainer):
         failed = torch.tensor(float(error is not None), device=self.device)
         dist.all_reduce(failed)
         if failed:
+            if self.is_data_parallel_master:
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
             raise CheckpointError(str(error or f"{folder}: another rank could not write there"))
         self.stored_experts = {"folder": name, "parts": group.size}
 

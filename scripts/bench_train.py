@@ -1,6 +1,6 @@
 """Training steps of the rows of a table against those of its dense model.
 
-Every step is one of fairseq's own trainer: forward, loss, backward, clipping, optimizer, logging,
+Every step is one of the trainer's: forward, loss, backward, clipping, optimizer, logging,
 on made-up sentences of 10 to 50 words, with the options of `scripts/train.sh`. The row and the
 dense model take turns in one process. Efficiency is tokens per second times FLOPs per token, both
 relative to the dense model: 1 is as fast as dense arithmetic. Example:
@@ -19,10 +19,10 @@ def main():
 
 def stepper(benchmark, row, args, use_cuda):
     """A function that makes one update."""
-    from fairseq.trainer import Trainer
-
     cfg, task, model, criterion = build(benchmark, row, args, use_cuda)
-    trainer = Trainer(cfg, task, model, criterion)
+    from fairseq_smoe.trainer import SMoETrainer  # once fairseq knows the plugin
+
+    trainer = SMoETrainer(cfg, task, model, criterion)
     sample = make_sample(task.source_dictionary, args)
     return lambda: trainer.train_step([sample])
 

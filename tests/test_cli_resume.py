@@ -1,4 +1,4 @@
-"""Stopping and going on: by force, in another number of processes, from another model."""
+"""Stopping and going on: by force, from another model. More processes: test_expert_parallel.py."""
 
 import signal
 import subprocess
@@ -78,62 +78,3 @@ def test_finetune_from_model_starts_a_new_training_with_the_old_parameters(
     )
     assert [record["num_updates"] for record in tuned.log("train_inner")] == [1, 2, 3]
     assert max(tuned.losses()) < 1 < min(scratch.losses())
-
-
-# --------------------------------------------------------------------------------------
-# two processes
-
-
-def torchrun(*command, check=True):
-    """Run a command in two processes on this machine, as ``torchrun`` does on many."""
-    return run(
-        *("torchrun", "--standalone", "--nproc_per_node", 2, "--no-python", *command), check=check
-    )
-
-
-@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
-def test_two_processes_train_one_model_and_resume(backend, data, tmp_path):
-    """torchrun is all it takes: fairseq counts GPUs, the plugin the processes."""
-    options = {"ddp_backend": backend, "log_interval": 1, "dropout": 0}
-    command = train_command(data, tmp_path, *toy_task.MODELS["smoe"], **options)
-    first = torchrun(*command, "--max-update", 10)
-    assert "training on 2 devices" in first.stdout
-    assert "distributed init (rank 1)" in first.stdout + first.stderr
-    losses = losses_by_update(first.stdout)
-    assert list(losses) == list(range(1, 11)), "one process logs, for both"
-    assert losses[10] < losses[1]
-
-    second = torchrun(*command, "--max-update", 15)
-    assert list(losses_by_update(second.stdout)) == list(range(11, 16))
-
-
-def test_two_processes_compute_what_one_does_on_twice_the_batch(data, tmp_path):
-    """Without anything random or dropped: the mean gradient of two batches is the same, whether
-    two processes have one each, or one process has both (--update-freq 2). Also the checkpoint of
-    two processes is one that a single process goes on from."""
-    options = {
-        "max_update": 2,
-        "dropout": 0,
-        "moe_second_expert_policy": "all",
-        "moe_capacity_factor": 0,
-        "optimizer": "sgd",  # Adam divides by the gradient's size, also where it is mere rounding
-        "lr": 0.1,
-        "lr_scheduler": "fixed",
-        "warmup_updates": None,
-        "total_num_update": None,
-        "max_tokens": 400,
-    }
-    states = {}
-    for name, start, more in (
-        ("one", run, {"update_freq": 2}),
-        ("two", torchrun, {"update_freq": 1}),
-    ):
-        folder = tmp_path / name
-        start(*train_command(data, folder, *toy_task.MODELS["smoe"], **options, **more))
-        states[name] = torch.load(folder / "checkpoint_last.pt", weights_only=False)["model"]
-    for name, tensor in states["one"].items():
-        torch.testing.assert_close(tensor, states["two"][name], rtol=0, atol=1e-5, msg=name)
-
-    options["max_update"] = 3
-    resumed = train(data, tmp_path / "two", *toy_task.MODELS["smoe"], **options, log_interval=1)
-    assert list(losses_by_update(resumed.stdout)) == [3]

@@ -1,9 +1,6 @@
 """Every repair in compat.py is needed, and works. Those that show only in a whole training have
 their tests in test_cli_resume.py (two processes) and test_cli_training.py (precisions)."""
 
-import argparse
-import io
-import pickle
 import sys
 
 import numpy as np
@@ -19,66 +16,6 @@ import fairseq_smoe
 from fairseq_smoe.errors import NonFiniteGateError, OptionError
 
 fairseq_smoe.register()
-
-
-def saved(value):
-    """``value`` as a file that torch.save wrote."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return file
-
-
-@pytest.fixture
-def fairseq_checkpoint():
-    """What fairseq writes beside tensors: options, and metrics computed with numpy."""
-    return {
-        "args": argparse.Namespace(arch="smoe_transformer"),
-        "best": np.float64(1.5),
-        "bleu": np.float32(2.5),
-        "counts": [np.int64(3), np.int32(4)],
-        "totals": np.array([1, 2, 3]),
-    }
-
-
-def test_torch_loads_fairseq_checkpoints(fairseq_checkpoint):
-    loaded = torch.load(saved(fairseq_checkpoint))  # weights only, which is torch's default
-    assert loaded.pop("totals").tolist() == [1, 2, 3]
-    fairseq_checkpoint.pop("totals")
-    assert loaded == fairseq_checkpoint
-
-
-def test_torch_refuses_fairseq_checkpoints_without_the_repair(fairseq_checkpoint):
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        for value in fairseq_checkpoint.values():
-            with pytest.raises(pickle.UnpicklingError):
-                torch.load(saved(value))
-    finally:
-        torch.serialization.add_safe_globals(allowed)
-
-
-def test_torch_still_refuses_other_types():
-    class Anything:
-        pass
-
-    Anything.__qualname__ = "Anything"
-    globals()["Anything"] = Anything
-    try:
-        with pytest.raises(pickle.UnpicklingError):
-            torch.load(saved(Anything()))
-    finally:
-        del globals()["Anything"]
-
-
-def test_processes_of_one_training_exchange_configurations():
-    """On resume, rank 0 sends them pickled; only there are such types accepted."""
-    message = {"cfg": OmegaConf.create({"model": {"smoe_strata": "4-4"}})}
-    assert distributed_utils.torch.load(saved(message)) == message
-    assert distributed_utils.torch.zeros is torch.zeros
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(saved(message))
 
 
 @pytest.fixture

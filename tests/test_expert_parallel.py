@@ -26,6 +26,8 @@ EXACT = {
     "max_tokens": 700,  # an epoch of 50 batches: the last update of four has two
     "log_interval": 1,
     "max_update": 20,
+    # rounding may send a token that stands between two experts another way; with this seed, none
+    "seed": 2,
 }
 
 
