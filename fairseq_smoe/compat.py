@@ -4,6 +4,7 @@ Each function repairs one thing and says why; :func:`apply` runs them all. It is
 the plugin is loaded.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from fairseq_smoe.lost_ranks import is_lost_connection, roll_call
 def apply():
     find_torchrun_processes_on_cpu()
     refuse_to_train_nothing()
+    keep_off_the_tpu()
     let_ddp_run_on_cpu()
     keep_the_last_batch()
     write_log_files_once()
@@ -82,6 +84,23 @@ def refuse_to_train_nothing():
                 "process for every GPU, and there is none; start them by torchrun "
                 f"--nproc_per_node {training.distributed_world_size} --no-python fairseq-train ..."
             )
+        return stock(cfg, main, **kwargs)
+
+    distributed_utils.call_main = call_main
+
+
+def keep_off_the_tpu():
+    """Without a GPU, --bf16 switches fairseq to a TPU, whether there is one or not."""
+    from fairseq.distributed import utils as distributed_utils
+
+    stock = distributed_utils.call_main
+
+    @wraps(stock)
+    def call_main(cfg, main, **kwargs):
+        if importlib.util.find_spec("torch_xla") is None:
+            for part in filter(None, (cfg.common, cfg.distributed_training, cfg.optimizer)):
+                if getattr(part, "tpu", False):
+                    part.tpu = False
         return stock(cfg, main, **kwargs)
 
     distributed_utils.call_main = call_main

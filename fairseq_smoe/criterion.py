@@ -155,6 +155,7 @@ def take_routing_stats(model):
     stats = {}
     for name, layer in expert_layers(model):
         if layer.routing_stats is not None:
+            name = name.replace("module.", "")  # of what wraps the model among several processes
             stats[name], layer.routing_stats = layer.routing_stats, None
     return stats
 

@@ -1,6 +1,5 @@
 """fairseq's trainer, for experts that are spread over processes, and for trainings that survive."""
 
-import importlib.util
 import logging
 import os
 import shutil
@@ -42,8 +41,6 @@ class SMoETrainer(Trainer):
     def __init__(self, cfg, task, model, criterion, quantizer=None):
         self.expert_group = find_expert_group(model)
         check_options(cfg, self.expert_group)
-        if importlib.util.find_spec("torch_xla") is None:
-            cfg.common.tpu = False  # which --bf16 switches on, whether there is one or not
         # one entry in the optimizer's state for every parameter, whatever the precision: experts
         # are told from others, and a checkpoint is the same on a CPU, where flattening fails
         cfg.common.fp16_no_flatten_grads = True

@@ -163,7 +163,7 @@ def as_markdown(results, experts, args):
         lines.append(
             f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
             f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) | {products} "
-            f"| {r['one_hot']:.1f}x | {fairscale} | {ours} | {theirs} | {ours / theirs:.2f} |"
+            f"| {r['one_hot']:.1f}x | {fairscale} | {ours} | {theirs} | {ours / max(theirs, 1):.2f} |"
         )
     if experts:
         lines += ["", f"| experts, {args.experts_tokens} tokens | time (quartiles) |\n|---|---:|"]

@@ -73,12 +73,16 @@ def alone(make_once, data):
 @pytest.mark.parametrize(
     "processes, size, strata, more",
     [
-        (4, 4, "2-2-2-2", {}),
+        (4, None, "2-2-2-2", {}),  # 4 share the experts by default
         (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
-        (4, None, "4-4", {"ddp_backend": "legacy_ddp"}),  # 4 by default
+        (4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
+        (2, 2, "2-2-2-2", {"update_freq": 2}),
+        (2, 1, "2-2-2-2", {"update_freq": 2}),
+        (4, 4, "4-4", {"ddp_backend": "legacy_ddp"}),
+        (4, 2, "4-4", {"ddp_backend": "legacy_ddp"}),
         (4, 1, "4-4", {}),
-        (2, 2, "4-4", {"update_freq": 2}),
         (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
+        (2, 1, "4-4", {"update_freq": 2}),
     ],
 )
 def test_processes_train_the_model_that_one_trains(
@@ -98,6 +102,21 @@ def test_processes_train_the_model_that_one_trains(
     assert trained.keys() == reference.keys()
     for name, tensor in reference.items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("more", ["fp16", "memory_efficient_bf16", "eval_bleu"])
+def test_half_precision_and_validation_bleu(more, alone, data, tmp_path):
+    """Processes that share experts train as one does, and it goes on with what they have left."""
+    model = ("--smoe-strata", "2-2-2-2", f"--{more.replace('_', '-')}")
+    outcome = train(data, tmp_path, 2, *model, update_freq=2, max_update=10)
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert losses(outcome) == pytest.approx(
+        {n: expected[str(n)] for n in range(1, 11)}, rel=1e-5 if more == "eval_bleu" else 0.01
+    )
+    if more == "eval_bleu":
+        assert outcome.log("valid")[-1]["valid_bleu"] >= 0
+    outcome = train(data, tmp_path, 1, *model, update_freq=4, max_update=12)
+    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in (11, 12)}, rel=0.01)
 
 
 # --------------------------------------------------------------------------------------
