@@ -25,6 +25,10 @@ COMMANDS = {
         "inspect, merge, split, strip and average checkpoints",
     ),
     "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
+    "scaling": (
+        "fairseq_smoe.scaling_command",
+        "what ranks send and hold when they share experts, by formulas",
+    ),
 }
 
 

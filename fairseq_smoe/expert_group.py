@@ -15,11 +15,15 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from fairseq_smoe.dispatch import Runs
 
 
-def default_group_size(num_processes, num_experts):
-    """Ranks that share the experts where nobody says how many: as many as the numbers allow, i.e.
-    the greatest common divisor. Every rank then holds, and its optimizer keeps, the fewest
-    experts, and the fewest replicas have gradients to exchange."""
-    return math.gcd(num_processes, num_experts)
+def default_group_size(num_processes, strata):
+    """Ranks that share the experts where nobody says how many: the greatest number that divides
+    that of the processes and every stratum.
+
+    Each rank then holds as many experts of every stratum as the others, and has as much to do in
+    every pass; a larger number that divides their sum alone would save memory, but have ranks
+    wait for those with experts of late strata.
+    """
+    return math.gcd(num_processes, *strata)
 
 
 def form_expert_group(size, timeout=None):
@@ -49,8 +53,9 @@ def form_expert_group(size, timeout=None):
 class ExpertGroup:
     """Ranks that hold the experts of every block together, a share each.
 
-    Rank r of R holds the experts r, r + R, r + 2R, ...: a few of every stratum, so that all ranks
-    have work in every pass. Ranks of other groups that hold the same experts are its replicas.
+    Rank r of R holds the experts r, r + R, r + 2R, ...: as many of every stratum as the others,
+    where R divides it, so that all have as much to do in every pass. Ranks of other groups that
+    hold the same experts are its replicas.
 
     Args:
         ranks: torch's process group of the R ranks.

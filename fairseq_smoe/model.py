@@ -87,7 +87,7 @@ class SMoETransformer(TransformerModelBase):
         in_step = dist.is_initialized() and getattr(task, "trains_in_step", True)
         if strata is not None and in_step and dist.get_world_size() > 1:
             options.expert_group = form_expert_group(
-                expert_parallel_size(options, sum(strata), dist.get_world_size()),
+                expert_parallel_size(options, strata, dist.get_world_size()),
                 getattr(getattr(task, "args", None), "distributed_timeout", None),
             )
         return super().build_model(TransformerConfig.from_namespace(options), task)

@@ -84,7 +84,7 @@ class RoutingOptions(FairseqDataclass):
         None,
         "processes that share the experts, each holding a part of them; it divides the number of "
         "processes and that of experts. 1: every process holds all (default: the greatest that "
-        "divides both)",
+        "divides the processes and every stratum)",
     )
     moe_gating_use_fp32: bool = _option(
         True, "kept for old command lines: gates compute in float32 in any case"
@@ -146,7 +146,7 @@ def is_expert_layer(options, side, index):
     return period > 0 and (index + 1) % period == 0
 
 
-def expert_parallel_size(options, num_experts, num_processes):
+def expert_parallel_size(options, strata, num_processes):
     """Processes that share the experts.
 
     Raises:
@@ -154,9 +154,9 @@ def expert_parallel_size(options, num_experts, num_processes):
     """
     size = options.moe_expert_parallel_size
     if size is None:
-        return default_group_size(num_processes, num_experts)
+        return default_group_size(num_processes, strata)
     if num_processes % size:
-        fitting = [n for n in range(1, num_processes + 1) if num_processes % n == num_experts % n == 0]
+        fitting = [n for n in range(1, sum(strata) + 1) if num_processes % n == sum(strata) % n == 0]
         raise OptionError(
             f"--moe-expert-parallel-size {size}: does not divide the {num_processes} processes; "
             f"expected one of {', '.join(map(str, fitting))}"

@@ -145,7 +145,8 @@ def test_checkpointed_activations_exchange_again():
 
 
 @pytest.mark.parametrize(
-    "processes, experts, size", [(2, 8, 2), (32, 16, 16), (6, 8, 2), (3, 8, 1), (1, 8, 1)]
+    "processes, strata, size",
+    [(2, (8,), 2), (32, (16,), 16), (6, (4, 4), 2), (3, (8,), 1), (1, (8,), 1), (8, (4, 12), 4)],
 )
-def test_default_size_is_the_greatest_that_divides_both(processes, experts, size):
-    assert default_group_size(processes, experts) == size
+def test_default_size_is_the_greatest_that_divides_all(processes, strata, size):
+    assert default_group_size(processes, strata) == size

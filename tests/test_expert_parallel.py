@@ -73,12 +73,12 @@ def alone(make_once, data):
 @pytest.mark.parametrize(
     "processes, size, strata, more",
     [
-        (4, None, "2-2-2-2", {}),  # 4 share the experts by default
+        (4, 4, "2-2-2-2", {}),
         (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
         (4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
         (2, 2, "2-2-2-2", {"update_freq": 2}),
         (2, 1, "2-2-2-2", {"update_freq": 2}),
-        (4, 4, "4-4", {"ddp_backend": "legacy_ddp"}),
+        (4, None, "4-4", {"ddp_backend": "legacy_ddp"}),  # 4 share the experts by default
         (4, 2, "4-4", {"ddp_backend": "legacy_ddp"}),
         (4, 1, "4-4", {}),
         (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
@@ -127,8 +127,10 @@ def test_half_precision_and_validation_bleu(more, alone, data, tmp_path):
 def by_four(make_once, data):
     """10 updates by four processes, each with a fourth of the experts."""
 
+    model = ("--smoe-strata", "2-2-2-2", "--moe-expert-parallel-size", 4)
+
     def make(folder):
-        outcome = train(data, folder, 4, "--smoe-strata", "2-2-2-2", max_update=10)
+        outcome = train(data, folder, 4, *model, max_update=10)
         (folder / "valid.json").write_text(json.dumps(outcome.log("valid")[-1]))
 
     return make_once("by-four", make)
