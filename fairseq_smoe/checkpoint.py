@@ -1,15 +1,28 @@
-"""Look at checkpoints, and make others of them: whole, in parts, averaged, without the optimizer."""
+"""Look at checkpoints, and make others of them: whole, in parts, averaged, without optimizer."""
 
+import collections
+import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from fairseq_smoe.checkpoint_layout import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints import files, transform
-from fairseq_smoe.checkpoints.parts import Parted, is_expert_parameter, read_checkpoint
-from fairseq_smoe.errors import OptionError
+from fairseq_smoe.checkpoints.parts import (
+    Parted,
+    is_expert_parameter,
+    named_folder,
+    read_checkpoint,
+    remove_unused_folders,
+)
+from fairseq_smoe.errors import CheckpointError, OptionError
+
+# entries of fairseq's models that nothing is trained in
+NO_PARAMETERS = (".version", "._float_tensor")
 
 
 def add_arguments(parser):
@@ -42,7 +55,7 @@ def add_arguments(parser):
         metavar="INPUT",
         help="checkpoints, or one folder of them and --last",
     )
-    sub.add_argument("--to", type=Path, required=True, metavar="OUTPUT")
+    sub.add_argument("--to", type=Path, required=True, dest="output", metavar="OUTPUT")
     sub.add_argument(
         "--last", type=int, metavar="N", help="the last N of the folder, by their updates"
     )
@@ -55,7 +68,13 @@ def add_arguments(parser):
 
 
 def run(args):
-    args.run_action(args)
+    output = getattr(args, "output", None)
+    if output is not None and output.is_dir():  # found before the work is done
+        raise OptionError(f"{output}: is a folder; give the name of a file in it")
+    try:
+        args.run_action(args)
+    except OSError as error:
+        raise OptionError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
 def _add_files(parser):
@@ -77,64 +96,100 @@ def inspect(args):
 def describe(path):
     """What a checkpoint is: ``{name: value}`` of plain types."""
     state = read_checkpoint(path)
-    model = state["model"]
+    model = {n: v for n, v in state["model"].items() if isinstance(v, (torch.Tensor, Parted))}
     history = (state.get("optimizer_history") or [{}])[-1]
     extra = state.get("extra_state") or {}
-    options = (state.get("cfg") or {}).get("model")
     sizes = gate_sizes(model)
     experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
     parted = [value for value in experts.values() if isinstance(value, Parted)]
-    num_experts = sum(map(_size, experts.values()))
     return {
-        "architecture": getattr(options, "arch", None) or getattr(options, "_name", None),
+        "architecture": _architecture(state),
         "experts": describe_gates(next(iter(sizes.values()), ())),
         "expert blocks": len(sizes),
-        "parameters": sum(map(_size, model.values())),
-        "of experts": num_experts,
+        "parameters": sum(_parameters(model).values()),
+        "of experts": sum(_parameters(experts).values()),
         "parts": len(parted[0].tensors) if parted else 1,
-        "type": str(next(iter(model.values())).dtype).removeprefix("torch."),
+        "type": _type(model),
         "updates": history.get("num_updates"),
         "epoch": (extra.get("train_iterator") or {}).get("epoch"),
-        "validation loss": extra.get("val_loss"),
-        "best so far": extra.get("best"),
+        "validation loss": _number(extra.get("val_loss")),
+        "best so far": _number(extra.get("best")),
         "optimizer": history.get("optimizer_name") if state.get("last_optimizer_state") else "none",
     }
 
 
-def _size(value):
-    size = 1
-    for width in value.shape:
-        size *= width
-    return size
+def _architecture(state):
+    """As given to --arch; a checkpoint of an older fairseq has a Namespace of options."""
+    cfg = state.get("cfg")
+    options = (cfg.get("model") if isinstance(cfg, dict) else state.get("args")) or {}
+    options = options if isinstance(options, dict) else vars(options)
+    return options.get("arch") or options.get("_name")
+
+
+def _parameters(model):
+    """``{memory: size}``: what several names share is one parameter."""
+    sizes = {}
+    for name, value in model.items():
+        if not name.endswith(NO_PARAMETERS):
+            memory = name if isinstance(value, Parted) else (value.data_ptr(), value.shape)
+            sizes[memory] = math.prod(value.shape)
+    return sizes
+
+
+def _type(model):
+    """Of most of the numbers."""
+    sizes = collections.Counter()
+    for value in model.values():
+        tensor = value.tensors[0] if isinstance(value, Parted) else value
+        sizes[str(tensor.dtype).removeprefix("torch.")] += math.prod(value.shape)
+    return max(sizes, key=sizes.get, default=None)
+
+
+def _number(value):
+    """A number of numpy or torch as Python's own."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def merge(args):
-    _write(transform.merged(read_checkpoint(args.input)), args.output)
+    _write(files.write, transform.merged(read_checkpoint(args.input)), args.output)
 
 
 def split(args):
-    state = read_checkpoint(args.input)
-    transform.write_in_parts(state, args.parts, args.output)
-    print(args.output)
+    def write(state, path):
+        transform.write_in_parts(state, args.parts, path)
+
+    _write(write, read_checkpoint(args.input), args.output)
 
 
 def strip(args):
-    _write(transform.stripped(read_checkpoint(args.input)), args.output)
+    _write(files.write, transform.stripped(read_checkpoint(args.input)), args.output)
 
 
 def average(args):
     paths = args.inputs
+    folders = [path for path in paths if path.is_dir()]
     if args.last is not None:
-        if len(paths) != 1 or not paths[0].is_dir():
-            raise OptionError(f"--last {args.last}: give one folder of checkpoints with it")
+        if paths != folders or len(paths) != 1:
+            raise OptionError(
+                f"--last {args.last}: expected one folder of checkpoints, not "
+                f"{' '.join(map(str, paths))}"
+            )
         paths = transform.last_checkpoints(paths[0], args.last, args.epochs)
-    elif any(path.is_dir() for path in paths):
-        raise OptionError(f"{paths[0]}: is a folder; say how many of its checkpoints with --last N")
-    print("\n".join(map(str, paths)), file=sys.stderr)
-    _write(transform.averaged(tqdm(paths, unit="checkpoint", disable=None)), args.to)
+        print("\n".join(map(str, paths)), file=sys.stderr)
+    elif args.epochs:
+        raise OptionError("--epochs: give it with --last N, to say how many")
+    elif folders:
+        raise OptionError(f"{folders[0]}: is a folder; say how many of its files with --last N")
+    state = transform.averaged(tqdm(paths, unit="checkpoint", disable=None))
+    _write(files.write, state, args.output)
 
 
-def _write(state, path):
+def _write(write, state, path):
+    """Write a checkpoint, and remove the experts of one that was in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(state, path)
+    before = None
+    with contextlib.suppress(CheckpointError):  # it may be damaged
+        before = named_folder(path)
+    write(state, path)
+    remove_unused_folders(path.parent, {before})
     print(path)

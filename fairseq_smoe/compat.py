@@ -194,7 +194,7 @@ def print_user_errors_in_one_line():
 
     def hook(kind, error, traceback):
         causes = [error]
-        while causes[-1] is not None:
+        while causes[-1] is not None and causes[-1] not in causes[:-1]:
             causes.append(causes[-1].__cause__ or causes[-1].__context__)
         ours = [cause for cause in causes if isinstance(cause, OneLineError)]
         if ours:

@@ -77,21 +77,25 @@ def write_checkpoints_whole():
     by copying into it, so that a crash leaves half of it."""
     from fairseq import checkpoint_utils
 
-    stock = checkpoint_utils.torch_persistent_save
+    stock_save, manager = checkpoint_utils.torch_persistent_save, checkpoint_utils.PathManager
 
-    @wraps(stock)
+    @wraps(stock_save)
     def save(state, filename, async_write=False):
-        if async_write:
-            stock(state, filename, async_write=True)
+        if async_write or manager.path_requires_pathmanager(filename):  # not on a disk
+            stock_save(state, filename, async_write)
         else:
             files.write(state, filename)
 
+    def copy(source, target, overwrite=False):
+        if manager.path_requires_pathmanager(target):
+            return manager.copy(source, target, overwrite)
+        return _copy_whole(source, target)
+
     checkpoint_utils.torch_persistent_save = save
-    copies = SimpleNamespace(copy=_copy_whole)
-    checkpoint_utils.PathManager = Overlay(checkpoint_utils.PathManager, copies)
+    checkpoint_utils.PathManager = Overlay(manager, SimpleNamespace(copy=copy))
 
 
-def _copy_whole(source, target, overwrite=True):
+def _copy_whole(source, target):
     """A second name for a file, which takes no space, or else a copy; never half of it."""
     unfinished = f"{target}.unfinished-{os.getpid()}"
     try:
@@ -132,10 +136,10 @@ def go_on_when_a_checkpoint_fails():
                 vars(save_checkpoint).pop("best", None)
             else:
                 save_checkpoint.best = best
-            logger.error(
-                f"no checkpoint of update {trainer.get_num_updates()}, the previous one is kept: "
-                f"{error}"
-            )
+            if trainer.is_data_parallel_master:
+                updates = trainer.get_num_updates()
+                logger.error(f"no checkpoint of update {updates}, the previous one is kept: {error}")
+                remove_unused_folders(cfg.save_dir)
         finally:
             trainer.stored_experts = None
 

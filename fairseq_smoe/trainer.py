@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
+from fairseq.utils import move_to_cpu
 
-from fairseq_smoe.checkpoints import files
 from fairseq_smoe.checkpoints.parts import (
     NAMES,
     REFERENCE,
     is_expert_parameter,
     is_stacked,
     new_folder_name,
-    part_name,
     take_experts,
+    write_part,
 )
 from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError, OptionError
 from fairseq_smoe.layers import find_expert_group
@@ -44,7 +44,7 @@ class SMoETrainer(Trainer):
         # one entry in the optimizer's state for every parameter, whatever the precision: experts
         # are told from others, and a checkpoint is the same on a CPU, where flattening fails
         cfg.common.fp16_no_flatten_grads = True
-        # no rank sends pickles to others, and none holds what is not its own
+        # every rank reads what it needs; fairseq would have the first one send all of it, pickled
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self.stop_signal = StopSignal()
@@ -134,9 +134,8 @@ class SMoETrainer(Trainer):
         if dist.get_rank(group.replicas) == 0:
             try:
                 os.makedirs(os.path.join(folder, name), exist_ok=True)
-                part = take_experts(self._full_state_dict())
-                path = os.path.join(folder, name, part_name(group.rank, group.size))
-                files.write(_on_cpu(part), path)
+                part = move_to_cpu(take_experts(self._full_state_dict()))
+                write_part(part, os.path.join(folder, name), group.rank, group.size)
             except (OSError, DiskFullError) as failure:
                 error = failure
         failed = torch.tensor(float(error is not None), device=self.device)
@@ -250,6 +249,8 @@ def check_options(cfg, group):
     shared = f"--moe-expert-parallel-size {group.size}"
     if cfg.common.amp:
         raise OptionError(f"--amp with {shared}: ranks may skip different updates; use --bf16")
+    if getattr(cfg.optimizer, "_name", None) == "adafactor":
+        raise OptionError(f"--optimizer adafactor with {shared}: not possible; use adam, or size 1")
     if cfg.ema.store_ema:
         raise OptionError(f"--store-ema with {shared}: not possible; give size 1")
     if cfg.distributed_training.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
@@ -257,16 +258,6 @@ def check_options(cfg, group):
             f"--ddp-backend {cfg.distributed_training.ddp_backend} with {shared}: expected "
             "legacy_ddp or pytorch_ddp, or size 1"
         )
-
-
-def _on_cpu(part):
-    return {
-        table: {
-            name: value.cpu() if isinstance(value, torch.Tensor) else _on_cpu({0: value})[0]
-            for name, value in entries.items()
-        }
-        for table, entries in part.items()
-    }
 
 
 def stop_and_save(cfg, trainer, epoch_itr):

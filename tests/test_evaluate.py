@@ -318,7 +318,7 @@ def test_missing_checkpoint_of_a_run(tmp_path, capsys):
 def test_a_file_that_is_no_checkpoint(run, tmp_path, capsys):
     (tmp_path / "x.pt").write_text("no checkpoint")
     message = error_of("--run", run, "--checkpoint", tmp_path / "x.pt", capsys=capsys)
-    assert f"{tmp_path}/x.pt: cannot be read as a checkpoint" in message
+    assert f"{tmp_path}/x.pt: is damaged, or no checkpoint" in message
 
 
 def test_checkpoint_of_another_row(benchmark_run, capsys):

@@ -70,19 +70,23 @@ def alone(make_once, data):
     return trained
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "processes, size, strata, more",
     [
         (4, 4, "2-2-2-2", {}),
         (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
-        (4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
-        (2, 2, "2-2-2-2", {"update_freq": 2}),
-        (2, 1, "2-2-2-2", {"update_freq": 2}),
+        slow(4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
+        slow(2, 2, "2-2-2-2", {"update_freq": 2}),
+        slow(2, 1, "2-2-2-2", {"update_freq": 2}),
         (4, None, "4-4", {"ddp_backend": "legacy_ddp"}),  # 4 share the experts by default
-        (4, 2, "4-4", {"ddp_backend": "legacy_ddp"}),
-        (4, 1, "4-4", {}),
+        slow(4, 2, "4-4", {"ddp_backend": "legacy_ddp"}),
+        slow(4, 1, "4-4", {}),
         (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
-        (2, 1, "4-4", {"update_freq": 2}),
+        slow(2, 1, "4-4", {"update_freq": 2}),
     ],
 )
 def test_processes_train_the_model_that_one_trains(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fairseq_smoe.checkpoints.parts import read_checkpoint
+from fairseq_smoe.checkpoints.parts import num_updates, read_checkpoint
 from fairseq_smoe.errors import CheckpointError
 
 
@@ -10,13 +10,15 @@ def newest_whole(path):
     """The path itself, if that checkpoint is whole or not there; else the one of its folder that is
     whole and has made the most updates.
 
+    One that has the optimizer's state comes before those that are to translate with alone.
+
     Raises:
         CheckpointError: there is none.
     """
-    if not Path(path).exists() or _updates(path) is not None:
+    if not Path(path).exists() or _progress(path) is not None:
         return str(path)
-    others = {other: _updates(other) for other in Path(path).parent.glob("checkpoint*.pt")}
-    whole = {other: updates for other, updates in others.items() if updates is not None}
+    others = {other: _progress(other) for other in Path(path).parent.glob("checkpoint*.pt")}
+    whole = {other: progress for other, progress in others.items() if progress is not None}
     if not whole:
         raise CheckpointError(
             f"--restore-fallback: neither {path} nor another checkpoint in its folder is whole; "
@@ -25,9 +27,10 @@ def newest_whole(path):
     return str(max(whole, key=whole.get))
 
 
-def _updates(path):
-    """Updates that a checkpoint has made; None for one that is damaged."""
+def _progress(path):
+    """What there is to go on from; None for a checkpoint that is damaged."""
     try:
-        return read_checkpoint(path)["optimizer_history"][-1]["num_updates"]
-    except (CheckpointError, KeyError, IndexError, TypeError):
+        state = read_checkpoint(path)
+    except CheckpointError:
         return None
+    return bool(state.get("last_optimizer_state")), num_updates(state)

@@ -6,13 +6,14 @@ own: ``experts-UPDATES-NUMBER/part-r-of-R.pt``. Part r has the experts r, r + R,
 every block, and what the optimizer keeps of them. Copies of the file name the same folder.
 
 A part is ``{"model": {parameter: (E / R, ...)}, "optimizer": {number: {name: (E / R, ...)}}}``,
-where a number is that of a parameter in the optimizer's state.
+where a number is that of a parameter in the optimizer's state. ``"place"`` says where it belongs,
+so that one in the place of another is found out.
 """
 
+import logging
 import re
 import secrets
 import shutil
-import zipfile
 from copy import copy
 from pathlib import Path
 
@@ -21,8 +22,11 @@ import torch
 from fairseq_smoe.checkpoints import files
 from fairseq_smoe.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 REFERENCE = "expert_parts"  # in the checkpoint: {"folder": name, "parts": R}
 NAMES = "trained_parameters"  # in the checkpoint: names, in the order of the optimizer's state
+_PLACE = "place"  # in a part: [folder, its name]
 _FOLDER_NAME = re.compile(r"experts-\d+-[0-9a-f]+")
 _EXPERT_PARAMETER = re.compile(r"\.expert_block\.(block\.)?experts\.fc[12]_(weight|bias)$")
 
@@ -64,29 +68,55 @@ def read_checkpoint(path):
     :class:`Parted`, and take no memory until they are used.
 
     Raises:
-        CheckpointError: see :func:`~fairseq_smoe.checkpoints.files.read`; or a part is missing.
+        CheckpointError: see :func:`~fairseq_smoe.checkpoints.files.read`; or it holds no model; or
+            a part is missing, or not one of its own.
     """
     state = files.read(path)
-    reference = state.pop(REFERENCE, None) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise CheckpointError(
+            f"{path}: holds no model; give a checkpoint that fairseq-train has written"
+        )
+    reference = state.pop(REFERENCE, None)
     if reference is not None:
-        parts = [files.read(part) for part in part_paths(path, reference)]
+        parts = _read_parts(path, reference)
         for name in parts[0]["model"]:
             state["model"][name] = Parted([part["model"][name] for part in parts])
-        optimizer = state.get("last_optimizer_state") or {"state": {}}
-        for number in parts[0]["optimizer"] if optimizer["state"] else ():
+        kept = (state.get("last_optimizer_state") or {}).get("state")
+        for number in parts[0]["optimizer"] if kept else ():
             for key in parts[0]["optimizer"][number]:
                 tensors = [part["optimizer"][number][key] for part in parts]
-                optimizer["state"][number][key] = Parted(tensors)
+                kept.setdefault(number, {})[key] = Parted(tensors)
     return state
 
 
+def _read_parts(path, reference):
+    """The parts that the checkpoint at ``path`` names."""
+    paths = part_paths(path, reference)
+    parts = [files.read(part) for part in paths]
+    for part, file in zip(parts, paths):
+        place = part.pop(_PLACE, None)  # versions before wrote none
+        if place not in (None, [file.parent.name, file.name]) or _shapes(part) != _shapes(parts[0]):
+            raise CheckpointError(
+                f"{file}: is no part of {path}, but of another checkpoint; copy the folder "
+                f"{file.parent.name} once more from where the checkpoint was written"
+            )
+    return parts
+
+
+def _shapes(part):
+    if isinstance(part, dict):
+        return {name: _shapes(value) for name, value in part.items()}
+    return getattr(part, "shape", None)
+
+
 def part_paths(path, reference):
-    """Files of the experts of the checkpoint at ``path``.
+    """Files of the experts of the checkpoint at ``path``, which may be a symbolic link.
 
     Raises:
         CheckpointError: not all of them are there.
     """
-    folder = Path(path).parent / reference["folder"]
+    beside = Path(path).parent / reference["folder"]
+    folder = beside if beside.is_dir() else Path(path).resolve().parent / reference["folder"]
     paths = [folder / part_name(r, reference["parts"]) for r in range(reference["parts"])]
     missing = [part for part in paths if not part.exists()]
     if missing:
@@ -98,6 +128,19 @@ def part_paths(path, reference):
     return paths
 
 
+def write_part(part, folder, rank, size):
+    """Write what :func:`take_experts` has taken out of a rank's state.
+
+    Args:
+        folder: of the checkpoint's parts.
+
+    Raises:
+        DiskFullError, OSError: see :func:`~fairseq_smoe.checkpoints.files.write`.
+    """
+    name = part_name(rank, size)
+    files.write({**part, _PLACE: [Path(folder).name, name]}, Path(folder) / name)
+
+
 def part_name(rank, size):
     return f"part-{rank}-of-{size}.pt"
 
@@ -105,6 +148,11 @@ def part_name(rank, size):
 def new_folder_name(num_updates):
     """One that no other checkpoint has, of the same update neither."""
     return f"experts-{num_updates}-{secrets.token_hex(5)}"
+
+
+def num_updates(state):
+    """Updates that a checkpoint has made, as far as it says so."""
+    return (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
 
 
 def take_experts(state):
@@ -117,7 +165,9 @@ def take_experts(state):
         The content of a part.
     """
     model = {name: state["model"][name] for name in state["model"] if is_expert_parameter(name)}
-    state["model"] = {n: value for n, value in state["model"].items() if n not in model}
+    state["model"] = copy(state["model"])  # with what torch has noted of its modules
+    for name in model:
+        del state["model"][name]
     optimizer = {}
     kept = (state.get("last_optimizer_state") or {}).get("state", {})
     for number, name in enumerate(state[NAMES] if kept else ()):
@@ -145,8 +195,11 @@ def load_experts(model, state_dict, group=None):
     for name in filter(is_expert_parameter, parameters):
         value, own = state_dict.get(name), parameters[name]
         if isinstance(value, Parted):
-            numbers = range(len(value))
-            for entry, e in zip(own, group.share(numbers) if group else numbers):
+            numbers = group.share(range(len(value))) if group else range(len(value))
+            if (len(numbers), *value.shape[1:]) != own.shape:
+                state_dict[name] = value[:]  # for torch to say what is wrong
+                continue
+            for entry, e in zip(own, numbers):
                 entry.copy_(value.entry(e))
             state_dict[name] = own
         elif value is not None and len(value) != len(own) and group is not None:
@@ -173,20 +226,37 @@ def whole(state):
     return state
 
 
-def remove_unused_folders(folder):
+def remove_unused_folders(folder, names=None):
     """Remove the experts that no checkpoint in the folder names any more.
 
-    Where a file that looks like a checkpoint cannot be read, nothing is removed.
+    Where a checkpoint cannot be read, nothing is removed.
+
+    Args:
+        names: only these; None for all.
     """
     present = [path for path in Path(folder).iterdir() if _FOLDER_NAME.fullmatch(path.name)]
-    used = set()
-    for path in Path(folder).iterdir() if present else ():
-        if path.is_file() and zipfile.is_zipfile(path):  # whatever its name
-            try:
-                state = files.read(path, checked=False)
-            except CheckpointError:
-                return
-            used.add(state.get(REFERENCE, {}).get("folder"))
-    for path in present:
-        if path.name not in used:
-            shutil.rmtree(path, ignore_errors=True)
+    unused = {path.name for path in present if names is None or path.name in names}
+    for path in Path(folder).iterdir() if unused else ():
+        try:
+            unused.discard(named_folder(path))
+        except CheckpointError as error:
+            logger.warning(f"{', '.join(sorted(unused))}: kept, as {path} may need it: {error}")
+            return
+    for name in unused:
+        shutil.rmtree(Path(folder) / name, ignore_errors=True)
+
+
+def named_folder(path):
+    """Name of the folder with the parts of a checkpoint.
+
+    Returns:
+        None for a checkpoint in one piece, and for whatever is no checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not path.is_file() or not files.is_of_torch(path):  # whatever its name
+        return None
+    state = files.read(path, checked=False)
+    reference = state.get(REFERENCE) if isinstance(state, dict) else None
+    return None if reference is None else reference["folder"]

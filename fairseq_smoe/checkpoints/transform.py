@@ -1,20 +1,23 @@
 """Checkpoints made of others."""
 
 import re
+import shutil
 from pathlib import Path
 
 import torch
 
 from fairseq_smoe.checkpoints import files
 from fairseq_smoe.checkpoints.parts import (
+    NAMES,
     REFERENCE,
     Parted,
     is_expert_parameter,
     new_folder_name,
-    part_name,
+    num_updates,
     read_checkpoint,
     take_experts,
     whole,
+    write_part,
 )
 from fairseq_smoe.errors import OptionError
 
@@ -37,33 +40,43 @@ def stripped(state):
 def write_in_parts(state, num_parts, path):
     """Write a checkpoint whose experts are in parts in a folder beside it.
 
+    One part after another, so that no more than one is in memory.
+
     Raises:
-        OptionError: the experts cannot be shared by so many.
+        OptionError: the experts cannot be shared by so many, or it is not known what the
+            optimizer's state belongs to.
+        DiskFullError: the file that was there, if any, is untouched.
     """
     path = Path(path)
-    state = whole(state)
-    experts = [len(v) for name, v in state["model"].items() if is_expert_parameter(name)]
-    if not experts or num_parts < 2 or experts[0] % num_parts:
-        has = f"{experts[0]} experts" if experts else "no experts"
+    experts = {len(v) for name, v in state["model"].items() if is_expert_parameter(name)}
+    if not experts or num_parts < 2 or any(number % num_parts for number in experts):
+        has = f"{' or '.join(map(str, sorted(experts)))} experts" if experts else "no experts"
         raise OptionError(
             f"--parts {num_parts}: expected a divisor of the number of experts, from 2; this "
             f"checkpoint has {has} in a block"
         )
-    folder = new_folder_name(state["optimizer_history"][-1]["num_updates"])
-    (path.parent / folder).mkdir(parents=True)
-    taken = take_experts(state)
-    for r in range(num_parts):
-        part = _entries(taken, slice(r, None, num_parts))
-        files.write(part, path.parent / folder / part_name(r, num_parts))
-    state[REFERENCE] = {"folder": folder, "parts": num_parts}
-    files.write(state, path)
+    if state.get("last_optimizer_state") and NAMES not in state:
+        raise OptionError(
+            f"--parts {num_parts}: this checkpoint does not say what the optimizer's state belongs "
+            "to, as those of older versions; strip it first, or let the training save once more"
+        )
+    folder = path.parent / new_folder_name(num_updates(state))
+    folder.mkdir(parents=True)
+    try:
+        taken = take_experts(state)
+        for r in range(num_parts):
+            write_part(_entries(taken, slice(r, None, num_parts)), folder, r, num_parts)
+        files.write(state | {REFERENCE: {"folder": folder.name, "parts": num_parts}}, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def averaged(paths):
     """A checkpoint whose parameters are the means of those of several; the rest, without the
     optimizer's state, is that of the last.
 
-    Sums are in float32 at least.
+    Sums are in float32 at least. Parameters that share memory go on doing so.
 
     Raises:
         OptionError: the checkpoints hold different parameters.
@@ -71,18 +84,35 @@ def averaged(paths):
     sums, state, number = {}, None, 0
     for path in paths:
         state, number = stripped(read_checkpoint(path)), number + 1
-        model = state["model"]
-        shapes = {name: tensor.shape for name, tensor in model.items()}
-        if sums and shapes != {name: tensor.shape for name, tensor in sums.items()}:
-            raise OptionError(f"{path}: holds other parameters than the checkpoints before it")
+        model = _fractions(state["model"])
+        if sums:
+            _check_same(path, model, sums)
         for name, tensor in model.items():
             exact = torch.promote_types(tensor.dtype, torch.float32)
             sums[name] = sums[name].add_(tensor) if name in sums else tensor.to(exact, copy=True)
     if state is None:
         raise OptionError("no checkpoints to average")
-    for name, tensor in state["model"].items():
-        state["model"][name] = sums.pop(name).div_(number).to(tensor.dtype)
+    means = {}
+    for name, tensor in _fractions(state["model"]).items():
+        total, memory = sums.pop(name), (tensor.data_ptr(), tensor.shape)
+        state["model"][name] = means.setdefault(memory, total.div_(number).to(tensor.dtype))
     return state
+
+
+def _fractions(model):
+    """What has a mean; whole numbers count or number something."""
+    tensors = {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def _check_same(path, model, sums):
+    for name in [*sums, *model]:
+        shapes = [tuple(m[name].shape) if name in m else "missing" for m in (model, sums)]
+        if shapes[0] != shapes[1]:
+            raise OptionError(
+                f"{path}: holds other parameters than the checkpoints before it; {name} is "
+                f"{shapes[0]}, not {shapes[1]}"
+            )
 
 
 def last_checkpoints(folder, number, epochs=False):
@@ -102,8 +132,9 @@ def last_checkpoints(folder, number, epochs=False):
             break
     if number < 1 or len(found) < number:
         raise OptionError(
-            f"--last {number}: {folder} has {len(found)} checkpoints of updates or epochs; expected "
-            "a number from 1 up to that. fairseq-train keeps more with --keep-interval-updates"
+            f"--last {number}: {folder} has {len(found)} checkpoints of updates or epochs; "
+            "expected a number from 1 up to that. fairseq-train keeps more with "
+            "--keep-interval-updates"
         )
     return [path for _, path in found[-number:]]
 
@@ -112,4 +143,5 @@ def _entries(taken, experts):
     """A part of what :func:`take_experts` has returned."""
     if isinstance(taken, dict):
         return {name: _entries(value, experts) for name, value in taken.items()}
-    return taken[experts].clone()
+    # a view would take all of what it is a view of along into the file
+    return taken[experts] if isinstance(taken, Parted) else taken[experts].clone()
