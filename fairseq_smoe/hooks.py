@@ -177,8 +177,12 @@ def wait_no_longer_than_asked():
     def distributed_init(cfg):
         seconds = getattr(cfg.task, "distributed_timeout", None)
         waiting = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
-        init = SimpleNamespace(init_process_group=partial(dist.init_process_group, **waiting))
-        distributed_utils.dist = Overlay(dist, init)
+        # fairseq makes a group of its own for gradients and logs; torch would give it half an hour
+        makers = {
+            name: partial(getattr(dist, name), **waiting)
+            for name in ("init_process_group", "new_group")
+        }
+        distributed_utils.dist = Overlay(dist, SimpleNamespace(**makers))
         rank = stock(cfg)
         lost_ranks.sign_in()
         return rank

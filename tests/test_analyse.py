@@ -282,7 +282,7 @@ def test_other_text_starts_anew(run_folder, data, tmp_path):
     [
         (["--directions", "en-xx"], "--directions en-xx: no valid sentences"),
         (["--checkpoint", "missing.pt"], "missing.pt: no such checkpoint"),
-        (["--checkpoint", __file__], "cannot be read as a checkpoint"),
+        (["--checkpoint", __file__], "is damaged, or no checkpoint"),
         (["--max-tokens", "0"], "--max-tokens 0: expected 1 or more"),
         (["--data", "missing-data"], "missing-data: no such data folder"),
     ],

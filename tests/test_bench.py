@@ -15,7 +15,7 @@ def test_rows_against_dense(script, tmp_path):
     report = json.loads((tmp_path / "results.json").read_text())
     smoe, dense = report["results"]
     assert (smoe["row"], dense["row"]) == ("SMoE-2-2-2-2", "Dense")
-    assert dense["flops"] == 1 and 0.4 < dense["efficiency"] < 2.5  # the same against itself
+    assert dense["flops"] == 1 and 0.2 < dense["efficiency"] < 5  # the same against itself
     assert smoe["flops"] > 1 and 0 < smoe["speed"] < 2 and report["cores"] >= 1
     assert (tmp_path / "efficiency.png").stat().st_size > 5000
     assert (tmp_path / "table.md").read_text() in outcome.stdout

@@ -108,10 +108,11 @@ def test_processes_train_the_model_that_one_trains(
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("more", ["fp16", "memory_efficient_bf16", "eval_bleu"])
+@pytest.mark.parametrize("more", ["fp16", "bf16", "eval_bleu"])
 def test_half_precision_and_validation_bleu(more, alone, data, tmp_path):
     """Processes that share experts train as one does, and it goes on with what they have left."""
-    model = ("--smoe-strata", "2-2-2-2", f"--{more.replace('_', '-')}")
+    # with a larger scale gradients overflow at first, to which fairseq has no answer on a CPU
+    model = ("--smoe-strata", "2-2-2-2", f"--{more.replace('_', '-')}", "--fp16-init-scale", "1")
     outcome = train(data, tmp_path, 2, *model, update_freq=2, max_update=10)
     expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
     assert losses(outcome) == pytest.approx(

@@ -379,10 +379,12 @@ def test_killed_at_any_time_it_finishes_with_the_same_files(tmp_path):
     """SIGKILL to the command and its workers at random times; then the command once more."""
     text = write_text(tmp_path / "text", 80_000)
     options = {"workers": "2", "vocab-size": "60", "lines-per-shard": "15000"}
+    begun = time.monotonic()
     run(text, tmp_path / "undisturbed", **options)
+    seconds = time.monotonic() - begun
     target, rng = tmp_path / "data", random.Random(3)
     interrupted = 0
-    for pause in [rng.uniform(0.5, 1.5) for _ in range(9)]:
+    for pause in [rng.uniform(0.15, 0.45) * seconds for _ in range(9)]:
         process = start(text, target, **options)
         time.sleep(pause)
         if process.poll() is None:

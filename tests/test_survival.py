@@ -137,7 +137,7 @@ def test_a_signal_saves_and_ends_all_processes(number, data, tmp_path, unbroken)
         os.kill(training.ranks()[1], number)
     outcome = training.wait()
     assert outcome.returncode != 0
-    assert "Traceback (most recent call last):\n  File \"" + str(REPOSITORY) not in outcome.stdout
+    assert "[rank" not in outcome.stdout, "torch puts this before what an error prints"
     stopped = int(re.search(r"asked to stop: saving, and ending after update (\d+)", outcome.stdout)[1])
     assert stopped > STEP and stopped % STEP
     if number == signal.SIGUSR1:  # of which torchrun itself knows nothing
@@ -210,9 +210,10 @@ def test_killed_at_twenty_random_moments(data, tmp_path, unbroken):
     kill_again_and_again(data, tmp_path / "run", unbroken, points=20)
 
 
-def test_a_process_that_does_not_answer_is_named(data, tmp_path):
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_process_that_does_not_answer_is_named(size, data, tmp_path):
     """It is stopped, not killed: its connections stay open, and torchrun sees nothing wrong."""
-    options = {"distributed_timeout": 5, "max_update": 1000}
+    options = {"distributed_timeout": 5, "max_update": 1000, "moe_expert_parallel_size": size}
     training = Training(command(data, tmp_path, **options), tmp_path / "log")
     training.wait_for_update(2)
     silent = training.ranks()[1]
