@@ -14,6 +14,8 @@ import pytest
 import toy_task
 from toy_task import REPOSITORY, Outcome, environment, run, train_command
 
+from fairseq_smoe.checkpoints.parts import num_updates, read_checkpoint
+
 STEP = 5  # updates between checkpoints
 MODEL = ("--smoe-strata", "2-2-2-2")
 OPTIONS = {
@@ -141,7 +143,9 @@ def test_a_signal_saves_and_ends_all_processes(number, data, tmp_path, unbroken)
     stopped = int(re.search(r"asked to stop: saving, and ending after update (\d+)", outcome.stdout)[1])
     assert stopped > STEP and stopped % STEP
     if number == signal.SIGUSR1:  # of which torchrun itself knows nothing
-        assert len(re.findall(r"^  exitcode +: (138|143)", outcome.stdout, re.M)) == 2, outcome.tail()
+        codes = re.findall(r"^  exitcode +: (\S+)", outcome.stdout, re.M)
+        # as soon as one ends, torchrun ends the other, which has nothing left to do
+        assert "138" in codes and set(codes) <= {"138", "143", "-15"}, outcome.tail()
     assert_goes_on(data, tmp_path, unbroken, stopped)
 
 
@@ -195,10 +199,11 @@ def kill_again_and_again(data, folder, unbroken, points):
         found = losses(outcome.stdout)
         assert found == {n: unbroken[n] for n in found}
         assert min(found) == saved + 1, "goes on from the last checkpoint"
-        names = [int(n) for n in re.findall(r"checkpoint_\d+_(\d+)\.pt", " ".join(os.listdir(folder)))]
-        saved = max(names, default=0)
+        last = folder / "checkpoint_last.pt"
+        saved = num_updates(read_checkpoint(last)) if last.exists() else 0
         assert saved >= max(found) // STEP * STEP - STEP
-    assert_goes_on(data, folder, unbroken, saved) if saved else None
+    if saved:
+        assert_goes_on(data, folder, unbroken, saved)
 
 
 def test_killed_at_a_random_moment(data, tmp_path, unbroken):
