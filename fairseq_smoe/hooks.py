@@ -55,7 +55,9 @@ def train_with_our_trainer():
             except StopTraining:
                 stop_and_save(cfg, trainer, epoch_itr)
             if must_end and trainer.unsaved:
-                raise CheckpointError(f"the training ends without its last checkpoint: {trainer.unsaved}")
+                raise CheckpointError(
+                    f"the training ends without its last checkpoint: {trainer.unsaved}"
+                )
             return losses, must_end
 
         module.validate_and_save = validate_and_save
@@ -138,7 +140,9 @@ def go_on_when_a_checkpoint_fails():
                 save_checkpoint.best = best
             if trainer.is_data_parallel_master:
                 updates = trainer.get_num_updates()
-                logger.error(f"no checkpoint of update {updates}, the previous one is kept: {error}")
+                logger.error(
+                    f"no checkpoint of update {updates}, the previous one is kept: {error}"
+                )
                 remove_unused_folders(cfg.save_dir)
         finally:
             trainer.stored_experts = None

@@ -63,7 +63,8 @@ def roll_call(patience=PATIENCE):
         return f"{me}: the machine of rank 0, where the processes meet, cannot be reached"
     if not lost:
         return f"{me}: a connection between processes failed, though all of them answer"
-    return f"{me}: {', '.join(lost)} {'has' if len(lost) == 1 else 'have'} died or cannot be reached"
+    verb = "has" if len(lost) == 1 else "have"
+    return f"{me}: {', '.join(lost)} {verb} died or cannot be reached"
 
 
 def _find_lost(patience):

@@ -156,7 +156,8 @@ def expert_parallel_size(options, strata, num_processes):
     if size is None:
         return default_group_size(num_processes, strata)
     if num_processes % size:
-        fitting = [n for n in range(1, sum(strata) + 1) if num_processes % n == sum(strata) % n == 0]
+        total = sum(strata)
+        fitting = [n for n in range(1, total + 1) if num_processes % n == total % n == 0]
         raise OptionError(
             f"--moe-expert-parallel-size {size}: does not divide the {num_processes} processes; "
             f"expected one of {', '.join(map(str, fitting))}"

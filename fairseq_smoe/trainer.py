@@ -198,7 +198,8 @@ class SMoETrainer(Trainer):
         exists[self.data_parallel_rank] = os.path.isfile(filename)
         dist.all_reduce(exists)
         if 0 < exists.sum() < len(exists):
-            ranks = ", ".join(str(rank) for rank in exists.logical_not().nonzero().flatten().tolist())
+            without = exists.logical_not().nonzero().flatten().tolist()
+            ranks = ", ".join(map(str, without))
             raise CheckpointError(
                 f"{filename}: rank {ranks} cannot see it, others can; give a --save-dir that all "
                 "machines share"
