@@ -26,9 +26,9 @@ for _ in $(seq 100); do sleep 0.05; [[ -e $FOLDER/finish ]] && exit "$(<"$FOLDER
 """
 
 
-@pytest.fixture
-def job(tmp_path):
-    """The script as SLURM runs it: ``(process, folder)``."""
+@pytest.fixture(params=[60])
+def job(tmp_path, request):
+    """The script as SLURM runs it, for so many seconds already: ``(process, folder)``."""
     for name, body in {**STAND_INS, "rank": RANK}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -39,6 +39,7 @@ def job(tmp_path):
         "SLURM_JOB_ID": str(os.getpid()),  # of no other job on this machine
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NNODES": "1",
+        "SECONDS": str(request.param),  # where bash counts on from
     }
     process = subprocess.Popen(
         ["bash", SCRIPT, "m4", "dense"], env=environment, start_new_session=True
@@ -62,6 +63,16 @@ def test_at_the_limit_the_training_is_saved_and_queued_again(job):
     assert process.wait(10) == 138
     assert (folder / "signals").read_text() == "USR1\n" and (folder / "saved").exists()
     assert (folder / "queued").read_text() == f"requeue {os.getpid()}\n"
+
+
+@pytest.mark.parametrize("job", [0], indirect=True)
+def test_a_signal_at_its_beginning_is_of_a_limit_shorter_than_the_warning(job):
+    process, folder = job
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    (folder / "finish").write_text("0\n")
+    assert process.wait(10) == 0
+    assert not (folder / "signals").exists() and not (folder / "queued").exists()
 
 
 def test_cancelled_it_is_saved_and_not_queued_again(job):
