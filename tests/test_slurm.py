@@ -14,13 +14,27 @@ SCRIPT = toy_task.REPOSITORY / "scripts" / "train.slurm"
 STAND_INS = {
     # runs the command, as the one task of the one node
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    "scontrol": 'if [[ $1 == show ]]; then echo localhost; else echo "$@" >>"$FOLDER/queued"; fi',
-    # starts one rank, and fails if that fails, as torchrun does
-    "torchrun": 'LOCAL_RANK=0 "$FOLDER/rank" & wait $!',
+    "scontrol": """
+case $1-$2 in
+    show-hostnames) echo localhost ;;
+    show-job) echo " PreemptEligibleTime=2030-01-01T00:00:00 PreemptTime=$(<"$FOLDER/preempted")" ;;
+    *) echo "$@" >>"$FOLDER/queued" ;;
+esac""",
+    # starts one rank, and fails if that fails, whatever its exit code
+    "torchrun": 'LOCAL_RANK=0 "$FOLDER/rank" & wait $! || exit 1',
 }
-# a training: notes the signal, takes a while to save, and ends as ours do
+# a training with a data loader: notes the signal, takes a while to save, and ends as ours do
 RANK = """
-trap 'echo USR1 >>"$FOLDER/signals"; sleep 0.3; touch "$FOLDER/saved"; exit 138' USR1
+sleep 20 & loader=$!
+stop() {
+    echo USR1 >>"$FOLDER/signals"
+    sleep 0.3
+    kill -0 "$loader" && touch "$FOLDER/saved"
+    [[ -e $FOLDER/at_its_end ]] || exit 138
+    exit 0
+}
+trap 'kill "$loader"' EXIT
+trap stop USR1
 touch "$FOLDER/started"
 for _ in $(seq 100); do sleep 0.05; [[ -e $FOLDER/finish ]] && exit "$(<"$FOLDER/finish")"; done
 """
@@ -32,6 +46,7 @@ def job(tmp_path, request):
     for name, body in {**STAND_INS, "rank": RANK}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "preempted").write_text("None\n")
     environment = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -59,8 +74,12 @@ def wait_for(path):
 
 def test_at_the_limit_the_training_is_saved_and_queued_again(job):
     process, folder = job
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(10) == 138
+    other = {**os.environ, "SLURM_JOB_ID": f"{os.getpid()}0", "LOCAL_RANK": "0"}
+    with subprocess.Popen(["sleep", "20"], env=other) as of_another_job:
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(10) == 1
+        assert of_another_job.poll() is None
+        of_another_job.kill()
     assert (folder / "signals").read_text() == "USR1\n" and (folder / "saved").exists()
     assert (folder / "queued").read_text() == f"requeue {os.getpid()}\n"
 
@@ -78,8 +97,26 @@ def test_a_signal_at_its_beginning_is_of_a_limit_shorter_than_the_warning(job):
 def test_cancelled_it_is_saved_and_not_queued_again(job):
     process, folder = job
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 138
+    assert process.wait(10) == 1
     assert (folder / "saved").exists() and not (folder / "queued").exists()
+
+
+def test_cancelled_while_it_saves_it_is_not_queued_again(job):
+    process, folder = job
+    process.send_signal(signal.SIGUSR1)
+    wait_for(folder / "signals")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 1
+    assert (folder / "saved").exists() and not (folder / "queued").exists()
+
+
+def test_preempted_it_is_queued_again(job):
+    """With a grace time, SLURM signals the training alone, and takes its end for a failure."""
+    process, folder = job
+    (folder / "preempted").write_text("2030-01-01T00:00:00\n")
+    (folder / "finish").write_text("143\n")
+    assert process.wait(10) == 1
+    assert (folder / "queued").read_text() == f"requeue {os.getpid()}\n"
 
 
 @pytest.mark.parametrize("status", [0, 1])
@@ -90,9 +127,9 @@ def test_at_its_end_it_is_not_queued_again(status, job):
     assert not (folder / "queued").exists() and not (folder / "signals").exists()
 
 
-def test_a_training_that_ends_before_the_signal_reaches_it_is_not_queued_again(job):
+def test_at_its_end_as_well_as_at_the_limit_it_is_not_queued_again(job):
     process, folder = job
-    (folder / "finish").write_text("0\n")
+    (folder / "at_its_end").touch()
     process.send_signal(signal.SIGUSR1)
-    if process.wait(10) == 0:
-        assert not (folder / "queued").exists()
+    assert process.wait(10) == 0
+    assert (folder / "signals").exists() and not (folder / "queued").exists()
