@@ -18,6 +18,7 @@ from fairseq_smoe.checkpoints.parts import (
     named_folder,
     read_checkpoint,
     remove_unused_folders,
+    whole,
 )
 from fairseq_smoe.errors import CheckpointError, OptionError
 
@@ -151,7 +152,7 @@ def _number(value):
 
 
 def merge(args):
-    _write(files.write, transform.merged(read_checkpoint(args.input)), args.output)
+    _write(files.write, whole(read_checkpoint(args.input)), args.output)
 
 
 def split(args):

@@ -73,7 +73,7 @@ def flops_per_token(model, options):
     shared = count_parameters(model)
     visited = 0
     for _, layer in expert_layers(model):
-        block = getattr(layer.expert_block, "block", layer.expert_block)
+        block = layer.routed_block
         experts = count_parameters(block.experts)
         shared -= experts
         visited += experts / sum(block.strata) * _experts_per_token(options, block)

@@ -70,9 +70,9 @@ class ExpertLayerMixin:
         self.routing_stats = None
 
     @property
-    def experts(self):
-        """The :class:`~fairseq_smoe.experts.Experts` of the block."""
-        return getattr(self.expert_block, "block", self.expert_block).experts
+    def routed_block(self):
+        """The :class:`~fairseq_smoe.smoe_block.SMoEBlock`, with CMR that of the expert branch."""
+        return getattr(self.expert_block, "block", self.expert_block)
 
     def maybe_checkpointed(self, function):
         """``function``, recomputed in backward under --checkpoint-activations.

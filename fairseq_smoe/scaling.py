@@ -114,7 +114,7 @@ def measure(model):
 
     blocks, shared = [], count_parameters(model)
     for _, layer in expert_layers(model):
-        block = getattr(layer.expert_block, "block", layer.expert_block)
+        block = layer.routed_block
         _, dim, ffn = block.experts.fc1_weight.shape
         stacked = isinstance(block, StackedMoEBlock)
         blocks.append(Block(dim, ffn, block.strata, block.top_k, stacked))

@@ -79,6 +79,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         )
         self.capacity_meter = None
         self.validation_bleu = None
+        self.gathered_experts = []  # until the training goes on
         if training and (getattr(args, "cpu", False) or not torch.cuda.is_available()):
             keep_freed_memory()
         if training and getattr(args, "eval_bleu", False):
@@ -92,17 +93,16 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         return super().build_model(args, from_checkpoint)
 
     def train_step(self, sample, model, *args, **kwargs):
-        experts = [layer.experts for _, layer in expert_layers(model)]
-        for layer in experts:
-            layer.release()
+        while self.gathered_experts:
+            self.gathered_experts.pop().release()
         try:
             return super().train_step(sample, model, *args, **kwargs)
         except torch.OutOfMemoryError as error:
-            if not any(layer.exchanges for layer in experts):
+            if not any(layer.routed_block.experts.exchanges for _, layer in expert_layers(model)):
                 raise  # fairseq leaves the batch out
             raise OptionError(
-                f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, and "
-                "the others wait for its experts; give fewer"
+                f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, "
+                "and the others wait for its experts; give fewer"
             ) from error
 
     def begin_valid_epoch(self, epoch, model):
@@ -110,7 +110,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         if self.validation_bleu is not None:
             # translations take as many steps as their sentences need, other ranks' not as many
             for _, layer in expert_layers(model):
-                layer.experts.gather()
+                layer.routed_block.experts.gather()
+                self.gathered_experts.append(layer.routed_block.experts)
 
     def valid_step(self, sample, model, criterion):
         loss, sample_size, logging_output = super().valid_step(sample, model, criterion)

@@ -74,7 +74,7 @@ class _BlockCollector:
     """Statistics of one block that wait to be counted, and the counts so far."""
 
     def __init__(self, layer, side, block, layer_number, num_types):
-        expert_block = getattr(layer.expert_block, "block", layer.expert_block)  # inside of CMR
+        expert_block = layer.routed_block
         self.name = dict(side=side, block=block, layer=layer_number, strata=expert_block.strata)
         self.first_experts = [experts.start for experts in expert_block.visible]
         self.num_types = num_types

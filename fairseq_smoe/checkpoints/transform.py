@@ -25,11 +25,6 @@ _BETWEEN = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 _AT_END = re.compile(r"checkpoint(\d+)\.pt")
 
 
-def merged(state):
-    """A checkpoint in one piece."""
-    return whole(state)
-
-
 def stripped(state):
     """A checkpoint to translate with, or to start another training from: in one piece, without
     what the optimizer keeps."""
