@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -404,10 +405,14 @@ bounds = st.none() | st.integers(-25, 25)
 def test_parted_is_like_the_tensor(sizes, start, stop, step):
     share, size, width = sizes
     tensor = torch.randn(share * size, width, 2)
-    parted = Parted([tensor[r::size] for r in range(size)])
+    used = []
+    checks = [partial(used.append, r) for r in range(size)]
+    parted = Parted([tensor[r::size] for r in range(size)], checks)
     assert parted.shape == tensor.shape and len(parted) == len(tensor)
-    assert torch.equal(parted[:], tensor)
+    assert torch.equal(parted[:], tensor) and len(used) == len(tensor)
+    used.clear()
     assert torch.equal(parted[start:stop:step], tensor[start:stop:step])
+    assert used == [e % size for e in range(len(tensor))[start:stop:step]]
     assert all(torch.equal(parted.entry(e), tensor[e]) for e in range(len(tensor)))
     parted[:].zero_()
     assert torch.equal(parted[:], tensor), "what is taken out is a copy"
@@ -477,6 +482,21 @@ def test_parts_of_another_model_are_found_out(tmp_path):
     shutil.copyfile(paths[1], paths[0])
     with pytest.raises(CheckpointError, match=f"{paths[0]}: is no part of {tmp_path}/one.pt"):
         read_checkpoint(tmp_path / "one.pt")
+
+
+def test_a_damaged_part_is_found_where_it_is_used(tmp_path):
+    """A rank of two uses one of two parts, and reads no more than that one."""
+    path = tmp_path / "checkpoint.pt"
+    transform.write_in_parts(state_of(4, 2), 2, path)
+    (part,) = tmp_path.glob("experts-*/part-1-of-2.pt")
+    content = part.read_bytes()
+    values = state_of(4, 2)["model"][FC1][1].numpy().tobytes()
+    assert content.count(values) == 1
+    replace(part, content.replace(values, bytes(len(values))))
+    assert "is damaged" in refused(part, lambda _: read_checkpoint(path))
+    fc1 = read_checkpoint(path, checked=False)["model"][FC1]
+    assert torch.equal(fc1[::2], state_of(4, 2)["model"][FC1][::2])
+    assert "is damaged" in refused(part, lambda _: fc1[1::2])
 
 
 @pytest.mark.parametrize("num_parts", [-2, 0, 1, 3, 8])

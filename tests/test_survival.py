@@ -129,13 +129,9 @@ def assert_goes_on(data, folder, unbroken, from_update):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_all_processes(number, data, tmp_path, unbroken):
-    """SIGTERM to everything that runs, as clusters send it; SIGUSR1 to one rank alone, from which
-    the other has to learn it, and which processes that load data survive.
-
-    Those do not survive SIGTERM, and a rank may then lack the batch that it needs to end: see
-    docs/distributed.md."""
-    workers = 0 if number == signal.SIGTERM else 1
-    training = Training(command(data, tmp_path, num_workers=workers), tmp_path / "log")
+    """SIGTERM to everything that runs, as clusters send it, also to what loads data; SIGUSR1 to one
+    rank alone, from which the other has to learn it."""
+    training = Training(command(data, tmp_path, num_workers=2), tmp_path / "log")
     training.wait_for_update(STEP + 2)
     if number == signal.SIGTERM:
         os.killpg(training.process.pid, number)

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 from copy import copy
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -41,10 +42,12 @@ class Parted:
 
     Args:
         tensors: part r of R has the entries r, r + R, r + 2R, ...
+        checks: for every part, what is called before one of its entries is used, and may raise.
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors, checks):
         self.tensors = tensors
+        self._checks = checks
         self.shape = torch.Size([sum(map(len, tensors)), *tensors[0].shape[1:]])
 
     def __getitem__(self, experts):
@@ -57,15 +60,20 @@ class Parted:
 
     def entry(self, e):
         """That of one expert, as it is in the file."""
+        self._checks[e % len(self.tensors)]()
         return self.tensors[e % len(self.tensors)][e // len(self.tensors)]
 
     def __len__(self):
         return self.shape[0]
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, checked=True):
     """A checkpoint as fairseq wrote it; where its experts are in parts, their tensors are
     :class:`Parted`, and take no memory until they are used.
+
+    Args:
+        checked: whether to compare the checksums of all parts first; else those of a part when it
+            is used, as a rank needs one of many.
 
     Raises:
         CheckpointError: see :func:`~fairseq_smoe.checkpoints.files.read`; or it holds no model; or
@@ -78,21 +86,24 @@ def read_checkpoint(path):
         )
     reference = state.pop(REFERENCE, None)
     if reference is not None:
-        parts = _read_parts(path, reference)
+        paths = part_paths(path, reference)
+        parts = _read_parts(path, paths)
+        checks = [cache(partial(files.check, part)) for part in paths]  # each once
+        for check in checks if checked else ():
+            check()
         for name in parts[0]["model"]:
-            state["model"][name] = Parted([part["model"][name] for part in parts])
+            state["model"][name] = Parted([part["model"][name] for part in parts], checks)
         kept = (state.get("last_optimizer_state") or {}).get("state")
         for number in parts[0]["optimizer"] if kept else ():
             for key in parts[0]["optimizer"][number]:
                 tensors = [part["optimizer"][number][key] for part in parts]
-                kept.setdefault(number, {})[key] = Parted(tensors)
+                kept.setdefault(number, {})[key] = Parted(tensors, checks)
     return state
 
 
-def _read_parts(path, reference):
-    """The parts that the checkpoint at ``path`` names."""
-    paths = part_paths(path, reference)
-    parts = [files.read(part) for part in paths]
+def _read_parts(path, paths):
+    """The parts of the checkpoint at ``path``, whose checksums are not compared."""
+    parts = [files.read(part, checked=False) for part in paths]
     for part, file in zip(parts, paths):
         place = part.pop(_PLACE, None)  # versions before wrote none
         if place not in (None, [file.parent.name, file.name]) or _shapes(part) != _shapes(parts[0]):
