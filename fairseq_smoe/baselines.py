@@ -29,7 +29,7 @@ class StackedMoEBlock(SMoEBlock):
         return 1
 
     def _run(self, tokens_TD, real_T):
-        shared = self.experts.share()
+        shared = self.experts.share(tokens_TD.dtype)
         here = select(tokens_TD, real_T, may_wait=shared.waits)
         x_HD = here.take(tokens_TD)
         y_HD = self.norms[0](x_HD)

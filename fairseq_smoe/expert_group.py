@@ -131,17 +131,20 @@ class ExpertGroup:
             work.wait()
 
     @torch.no_grad()
-    def norm_with_experts(self, norm, gradients):
+    def norm_with_experts(self, norm, gradients, sharded=False):
         """Norm of the gradients of the whole model.
 
         Args:
-            norm: of the gradients that all ranks share; a scalar.
+            norm: of the gradients of all but experts; a scalar.
             gradients: those of this rank's experts.
+            sharded: whether every process has ``norm`` of a shard, in the place of all.
         """
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-        square = torch.stack([g.norm(dtype=dtype) for g in gradients]).square().sum()
+        square, rest = torch.stack([g.norm(dtype=dtype) for g in gradients]).square().sum(), norm.square()
         dist.all_reduce(square, group=self.ranks)
-        return (norm.square() + square).sqrt()
+        if sharded:
+            dist.all_reduce(rest)
+        return (rest + square).sqrt()
 
 
 def _held_by(rank, size, experts):

@@ -80,20 +80,27 @@ class Experts(nn.Module):
         """Get the experts of all processes, to compute alone until :meth:`release`: for those that
         do not go through the same steps. Every process of the group has to call this."""
         if self.group is not None:
-            self._all_experts = [self.group.all_experts(own) for own in self.parameters()]
+            self._all_experts = [self.group.all_experts(own) for own in self._own()]
 
     def release(self):
         """Let go of other processes' experts."""
         self._all_experts = None
 
-    def share(self):
+    def _own(self):
+        # not parameters(): a model that is sharded has others, and these as attributes
+        return self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+
+    def share(self, dtype):
         """:class:`SharedExperts` for one forward pass of a block.
+
+        Args:
+            dtype: of the tokens, to which the parameters are cast; autocast has precedence.
 
         Raises:
             ValueError: backend "grouped_mm" cannot multiply with these weights.
         """
-        parameters = self._all_experts or self.parameters()
-        device, dtype = self.fc1_weight.device.type, self.fc1_weight.dtype
+        parameters = self._all_experts or self._own()
+        device = self.fc1_weight.device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         w1, b1, w2, b2 = (parameter.to(dtype) for parameter in parameters)

@@ -29,6 +29,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 def apply():
     train_with_our_trainer()
+    shard_all_but_experts()
     read_checkpoints_safely()
     write_checkpoints_whole()
     go_on_when_a_checkpoint_fails()
@@ -40,9 +41,7 @@ def train_with_our_trainer():
     """fairseq-train builds a Trainer of its own, and ends its loop where it likes."""
     from fairseq_smoe.trainer import SMoETrainer, StopTraining, stop_and_save
 
-    for module in (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"]):
-        if not hasattr(module, "validate_and_save"):
-            continue
+    for module in _train_modules():
         module.Trainer = SMoETrainer
         stock = module.validate_and_save
 
@@ -61,6 +60,30 @@ def train_with_our_trainer():
             return losses, must_end
 
         module.validate_and_save = validate_and_save
+
+
+def _train_modules():
+    """fairseq_cli.train, which may have been started as a program, or not be there."""
+    modules = (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"])
+    return [module for module in modules if hasattr(module, "validate_and_save")]
+
+
+def shard_all_but_experts():
+    """fairseq wraps models in a class of its own for --ddp-backend fully_sharded."""
+    from fairseq.distributed import fully_sharded_data_parallel
+
+    from fairseq_smoe.fully_sharded import FullyShardedModel, check_options
+
+    stock = fully_sharded_data_parallel.fsdp_enable_wrap
+
+    @wraps(stock)
+    def fsdp_enable_wrap(cfg):
+        check_options(cfg)
+        return stock(cfg)
+
+    fully_sharded_data_parallel.FullyShardedDataParallel = FullyShardedModel
+    for module in _train_modules():
+        module.fsdp_enable_wrap = fsdp_enable_wrap
 
 
 def read_checkpoints_safely():

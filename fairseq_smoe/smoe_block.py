@@ -186,7 +186,7 @@ class SMoEBlock(nn.Module):
 
     def _run(self, tokens_TD, real_T):
         """All passes: new tokens, passes, gate records, balance losses."""
-        shared = self.experts.share()
+        shared = self.experts.share(tokens_TD.dtype)
         gates, losses = [], []
         behind_all = self.stratum_of_expert.new_full((len(tokens_TD),), len(self.strata))
         stratum_T, passes_T = behind_all, torch.zeros_like(behind_all)

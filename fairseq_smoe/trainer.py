@@ -27,6 +27,7 @@ from fairseq_smoe.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
+HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
 SHARDS = "num_shards"  # of the training data, as many as processes, beside the position in them
 
 
@@ -60,6 +61,7 @@ class SMoETrainer(Trainer):
         """The model, wrapped for data parallel training of all but the experts."""
         if self._wrapped_model is None and self.expert_group and self.use_distributed_wrapper:
             experts = [n for n, _ in self._model.named_parameters() if is_expert_parameter(n)]
+            # torch's wrapper; the others go by the mark that experts have
             torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 self._model, experts
             )
@@ -84,7 +86,7 @@ class SMoETrainer(Trainer):
 
         def with_experts(norm):
             gradients = [p.grad for p in stepped if hasattr(p, "expert")]
-            return self.expert_group.norm_with_experts(norm, gradients)
+            return self.expert_group.norm_with_experts(norm, gradients, sharded=self.is_fsdp)
 
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
 
@@ -94,6 +96,11 @@ class SMoETrainer(Trainer):
     def _build_optimizer(self):
         super()._build_optimizer()
         self.optimizer.optimizer.register_load_state_dict_pre_hook(self._take_share)
+        # fairseq has two for half precision, one of them for shards, and compares their names when
+        # it loads; what they keep is the same
+        for last in (self._optim_history or [])[-1:]:
+            if last["optimizer_name"] in HALF_PRECISION:
+                last["optimizer_name"] = type(self.optimizer).__name__
 
     def _take_share(self, _, state_dict):
         """Of what an optimizer has kept of all experts, leave that of this rank's; and let go of
@@ -130,11 +137,12 @@ class SMoETrainer(Trainer):
             return
         self.consolidate_optimizer()  # as before every state_dict of fairseq's trainer
         name = self.from_first_rank(new_folder_name, self.get_num_updates())
+        state = self._full_state_dict()  # of shards, by all
         group, error = self.expert_group, None
         if dist.get_rank(group.replicas) == 0:
             try:
                 os.makedirs(os.path.join(folder, name), exist_ok=True)
-                part = move_to_cpu(take_experts(self._full_state_dict()))
+                part = move_to_cpu(take_experts(state))
                 write_part(part, os.path.join(folder, name), group.rank, group.size)
             except (OSError, DiskFullError) as failure:
                 error = failure
@@ -147,7 +155,10 @@ class SMoETrainer(Trainer):
         self.stored_experts = {"folder": name, "parts": group.size}
 
     def _full_state_dict(self):
-        return super().state_dict() | {NAMES: self._trained_names()}
+        state = super().state_dict()
+        state.pop("fsdp_metadata", None)  # of shards, of which none is written
+        names = self.model.original_names if self.is_fsdp else self._trained_names()
+        return state | {NAMES: names}
 
     def state_dict(self):
         state = self._full_state_dict()
@@ -234,12 +245,15 @@ class SMoETrainer(Trainer):
 
 
 def check_options(cfg, group):
-    """What does not go together with experts that ranks share.
+    """What does not go together with experts that ranks share, or with shards.
 
     Raises:
         OptionError: names the options.
     """
     asked = getattr(cfg.model, "moe_expert_parallel_size", None)
+    backend = cfg.distributed_training.ddp_backend
+    if backend == "fully_sharded" and cfg.common.bf16:
+        raise OptionError("--bf16 with --ddp-backend fully_sharded: not possible; use --fp16")
     if group is None:
         if asked is not None and asked > 1:
             raise OptionError(
@@ -254,10 +268,10 @@ def check_options(cfg, group):
         raise OptionError(f"--optimizer adafactor with {shared}: not possible; use adam, or size 1")
     if cfg.ema.store_ema:
         raise OptionError(f"--store-ema with {shared}: not possible; give size 1")
-    if cfg.distributed_training.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
+    if backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded"):
         raise OptionError(
-            f"--ddp-backend {cfg.distributed_training.ddp_backend} with {shared}: expected "
-            "legacy_ddp or pytorch_ddp, or size 1"
+            f"--ddp-backend {backend} with {shared}: expected legacy_ddp, pytorch_ddp or "
+            "fully_sharded, or size 1"
         )
 
 

@@ -1,5 +1,5 @@
 """``exact_logs.py train|validate OPTIONS``: the command of fairseq, logging numbers with all their
-digits."""
+digits; and on a CPU also with parameters sharded."""
 
 import importlib
 import numbers
@@ -21,6 +21,11 @@ def format_exactly(stat):
 
 
 metrics.log_scalar, progress_bar.format_stat = log_exactly, format_exactly
+
+if "fully_sharded" in sys.argv:
+    import sharding_on_cpu
+
+    sharding_on_cpu.apply()
 
 if __name__ == "__main__":
     command.cli_main()

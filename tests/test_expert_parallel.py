@@ -31,6 +31,8 @@ EXACT = {
 }
 
 
+# in shards; with 1, every layer by itself
+SHARDED = {"ddp_backend": "fully_sharded", "min_params_to_wrap": 1}
 EXACT_LOGS = Path(__file__).parent / "exact_logs.py"
 
 
@@ -49,11 +51,11 @@ def losses(outcome):
     return found
 
 
-def parameters(checkpoint, folder):
-    """Of a checkpoint in one piece, made by the command that users have."""
+def merged(folder):
+    """The last checkpoint in one piece, made by the command that users have."""
     whole = folder / "whole.pt"
-    run("python", "-m", "fairseq_smoe", "checkpoint", "merge", checkpoint, whole)
-    return torch.load(whole, weights_only=False)["model"]
+    run("python", "-m", "fairseq_smoe", "checkpoint", "merge", folder / "checkpoint_last.pt", whole)
+    return torch.load(whole, weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,10 @@ def slow(*case):
         slow(4, 1, "4-4", {}),
         (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
         slow(2, 1, "4-4", {"update_freq": 2}),
+        (4, 2, "2-2-2-2", SHARDED),
+        slow(4, 4, "4-4", {**SHARDED, "min_params_to_wrap": None}),
+        slow(2, 2, "4-4", {**SHARDED, "update_freq": 2, "checkpoint_activations": True}),
+        slow(2, 1, "2-2-2-2", {**SHARDED, "update_freq": 2}),
     ],
 )
 def test_processes_train_the_model_that_one_trains(
@@ -102,18 +108,20 @@ def test_processes_train_the_model_that_one_trains(
     actual = losses(outcome)
     assert actual == pytest.approx({int(n): v for n, v in expected.items()}, abs=1e-5)
     reference = torch.load(alone(strata) / "checkpoint_last.pt", weights_only=False)["model"]
-    trained = parameters(tmp_path / "checkpoint_last.pt", tmp_path)
+    trained = merged(tmp_path)["model"]
     assert trained.keys() == reference.keys()
     for name, tensor in reference.items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("more", ["fp16", "bf16", "eval_bleu"])
-def test_half_precision_and_validation_bleu(more, alone, data, tmp_path):
+@pytest.mark.parametrize(
+    "more, sharding", [("fp16", {}), ("bf16", {}), ("eval_bleu", {}), ("fp16", SHARDED)]
+)
+def test_half_precision_and_validation_bleu(more, sharding, alone, data, tmp_path):
     """Processes that share experts train as one does, and it goes on with what they have left."""
     # with a larger scale gradients overflow at first, to which fairseq has no answer on a CPU
     model = ("--smoe-strata", "2-2-2-2", f"--{more.replace('_', '-')}", "--fp16-init-scale", "1")
-    outcome = train(data, tmp_path, 2, *model, update_freq=2, max_update=10)
+    outcome = train(data, tmp_path, 2, *model, update_freq=2, max_update=10, **sharding)
     expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
     assert losses(outcome) == pytest.approx(
         {n: expected[str(n)] for n in range(1, 11)}, rel=1e-5 if more == "eval_bleu" else 0.01
@@ -162,6 +170,52 @@ def test_another_number_of_processes_goes_on(processes, size, by_four, alone, da
     assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
     remaining = list(folder.glob("experts-*"))
     assert len(remaining) == ((size or 1) > 1), "parts of checkpoints that are no more are removed"
+
+
+@pytest.mark.parametrize("size", [2, slow(1)])
+def test_sharded_processes_go_on_and_leave_what_one_goes_on_with(size, by_four, alone, data, tmp_path):
+    folder = copy_of(by_four, tmp_path / "run")
+    model = ("--smoe-strata", "2-2-2-2")
+    more = {**SHARDED, "moe_expert_parallel_size": size}
+    found = losses(train(data, folder, 2, *model, update_freq=2, max_update=15, **more))
+    found |= losses(train(data, folder, 2, *model, update_freq=2, max_update=17, **more))
+    found |= losses(train(data, folder, 1, *model, update_freq=4))
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert found == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "processes, more, message",
+    [
+        (1, {}, "--ddp-backend fully_sharded: needs more than 1 process; leave it out"),
+        (2, {"cpu_offload": True}, "--cpu-offload with --ddp-backend fully_sharded: not possible; leave it out"),
+        (2, {"bf16": True}, "--bf16 with --ddp-backend fully_sharded: not possible; use --fp16"),
+        (2, {"eval_bleu": True}, "--eval-bleu with --ddp-backend fully_sharded: not possible, no process has "),
+    ],
+)
+def test_what_does_not_go_together_with_shards(processes, more, message, data, tmp_path):
+    outcome = train(data, tmp_path, processes, check=False, **SHARDED, **more)
+    assert outcome.returncode == 1
+    lines = [line for line in outcome.stderr.splitlines() if "error: --" in line]
+    assert lines and all(f"error: {message}" in line for line in lines), outcome.tail()
+
+
+def test_the_state_of_adam_is_the_same_with_shards(data, tmp_path):
+    options = {"optimizer": "adam", "lr": 1e-3, "momentum": None, "moe_expert_parallel_size": 2}
+    folders = {"plain": {}, "sharded": SHARDED}
+    for name, more in folders.items():
+        train(data, tmp_path / name, 2, "--smoe-strata", "4-4", max_update=3, **options, **more)
+    plain, sharded = (merged(tmp_path / name) for name in folders)
+    assert plain["trained_parameters"] == sharded["trained_parameters"]
+    plain, sharded = (state["last_optimizer_state"] for state in (plain, sharded))
+    assert plain["param_groups"] == sharded["param_groups"]
+    torch.testing.assert_close(sharded["state"], plain["state"], rtol=0, atol=1e-7)
+    shutil.copytree(tmp_path / "plain", tmp_path / "changed")
+    found = [
+        losses(train(data, tmp_path / name, 2, "--smoe-strata", "4-4", max_update=5, **options, **more))
+        for name, more in (("plain", {}), ("changed", SHARDED))
+    ]
+    assert found[0].keys() == {4, 5} and found[1] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_four_processes_go_on_with_what_one_has_written(alone, data, tmp_path):

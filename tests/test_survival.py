@@ -321,6 +321,7 @@ def test_processes_that_nobody_starts_are_an_error(more, data, tmp_path):
         (2, {"moe_expert_parallel_size": 4}, "does not divide the 2 processes; expected one of 1, 2"),
         (2, {"moe_expert_parallel_size": 2, "amp": True}, "use --bf16"),
         (2, {"moe_expert_parallel_size": 2, "store_ema": True}, "--store-ema with"),
+        (1, {"ddp_backend": "fully_sharded"}, "needs GPUs"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_a_line(processes, options, message, data, tmp_path):
