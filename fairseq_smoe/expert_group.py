@@ -140,11 +140,12 @@ class ExpertGroup:
             sharded: whether every process has ``norm`` of a shard, in the place of all.
         """
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-        square, rest = torch.stack([g.norm(dtype=dtype) for g in gradients]).square().sum(), norm.square()
-        dist.all_reduce(square, group=self.ranks)
+        of_experts = torch.stack([g.norm(dtype=dtype) for g in gradients]).square().sum()
+        dist.all_reduce(of_experts, group=self.ranks)
+        of_others = norm.square()
         if sharded:
-            dist.all_reduce(rest)
-        return (rest + square).sqrt()
+            dist.all_reduce(of_others)
+        return (of_others + of_experts).sqrt()
 
 
 def _held_by(rank, size, experts):

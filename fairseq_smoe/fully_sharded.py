@@ -54,11 +54,11 @@ class FullyShardedModel(FullyShardedDataParallel):
         super().__init__(module, **kwargs)
 
     def state_dict(self, *args, **kwargs):
-        """That of the model inside, on every rank; with fairseq's, the first one alone has it."""
+        """That of the model inside, on every rank; fairseq's has it on the first one alone."""
         return FSDP.state_dict(self, *args, **kwargs)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None):
-        """As that of the model inside, on every rank; fairseq's would send what all have read."""
+        """As that of the model inside. Every rank has read it; fairseq's would send it around."""
         with self.summon_full_params():
             return self.unwrapped_module.load_state_dict(state_dict, strict, model_cfg)
 

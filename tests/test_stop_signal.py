@@ -54,7 +54,8 @@ def test_it_ends_with_its_process(number):
         "next(batches); next(batches)\n"  # before, they would not know yet whose end to look for
         "print(*(p.pid for p in multiprocessing.active_children()), flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment())
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
     loaders = process.stdout.readline().split()
     assert len(loaders) == 2 and all(map(is_running, loaders))
     process.send_signal(number)
