@@ -85,8 +85,8 @@ class FullyShardedModel(FullyShardedDataParallel):
                 continue
             wrapper, names = flat_parameters[parameter]
             values = {key: _unsharded(kept[key], parameter, wrapper) for key in kept}
-            for i, name in enumerate(names):
-                entries[name] = {key: value[i] for key, value in values.items() if value}
+            for i, original in enumerate(names):
+                entries[original] = {key: value[i] for key, value in values.items() if value}
         return _with_entries(state, entries.values())
 
     def get_shard_from_optim_state_dict(self, state):

@@ -1,7 +1,6 @@
 """Processes that load data, when a training is asked to stop."""
 
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
