@@ -1,7 +1,7 @@
 """Stratified mixture-of-experts translation for fairseq (Xu et al. 2023, arXiv 2305.02176).
 
-fairseq loads this package through ``--user-dir``. Imported on its own, as for
-``fairseq_smoe.smoe_block``, it does not need fairseq.
+fairseq loads this package through ``--user-dir``. Imported on its own, as for ``SMoEBlock``, it does
+not need fairseq.
 """
 
 import sys
@@ -12,6 +12,14 @@ __version__ = "0.1.0"
 def register():
     """Make the model, task and criterion known to fairseq. Safe to call again."""
     from fairseq_smoe import plugin  # noqa: F401
+
+
+def __getattr__(name):
+    if name == "SMoEBlock":  # not at once: torch takes seconds to import
+        from fairseq_smoe.moe.block import SMoEBlock
+
+        return SMoEBlock
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # fairseq's commands import this package after fairseq itself

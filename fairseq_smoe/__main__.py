@@ -6,29 +6,21 @@ import sys
 
 from fairseq_smoe.errors import OneLineError
 
-# subcommand -> (module with add_arguments(parser) and run(args), what it does). Options that a module
-# does not know are an error, unless it has PASSES_ON_OPTIONS = True and reads them from args.more
+# subcommand -> what it does. The module of that name in commands/ has add_arguments(parser) and
+# run(args). Options that it does not know are an error, unless it has PASSES_ON_OPTIONS = True and
+# reads them from args.more
 COMMANDS = {
-    "path": ("fairseq_smoe.path", "print the folder to give to --user-dir"),
-    "catalogues": ("fairseq_smoe.catalogues", "translation catalogues to parallel text"),
-    "prepare": ("fairseq_smoe.prepare", "parallel text to a folder that fairseq-train reads"),
-    "train": ("fairseq_smoe.train", "train a row of one of the paper's tables"),
-    "evaluate": (
-        "fairseq_smoe.evaluate",
-        "translate and score all directions, loading the model once",
-    ),
-    "tabulate": ("fairseq_smoe.tabulate", "scores of several models beside the paper's"),
-    "analyse": ("fairseq_smoe.analyse", "requested capacity per direction, block and token type"),
-    "plot": ("fairseq_smoe.plot", "pictures of requested capacity, experts and training curves"),
-    "checkpoint": (
-        "fairseq_smoe.checkpoint",
-        "inspect, merge, split, strip and average checkpoints",
-    ),
-    "flops": ("fairseq_smoe.flops", "parameters and FLOPs of every row of the paper's tables"),
-    "scaling": (
-        "fairseq_smoe.scaling_command",
-        "what ranks send and hold when they share experts, by formulas",
-    ),
+    "path": "print the folder to give to --user-dir",
+    "catalogues": "translation catalogues to parallel text",
+    "prepare": "parallel text to a folder that fairseq-train reads",
+    "train": "train a row of one of the paper's tables",
+    "evaluate": "translate and score all directions, loading the model once",
+    "tabulate": "scores of several models beside the paper's",
+    "analyse": "requested capacity per direction, block and token type",
+    "plot": "pictures of requested capacity, experts and training curves",
+    "checkpoint": "inspect, merge, split, strip and average checkpoints",
+    "flops": "parameters and FLOPs of every row of the paper's tables",
+    "scaling": "what ranks send and hold when they share experts, by formulas",
 }
 
 
@@ -39,11 +31,11 @@ def main(argv=None):
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
     modules = {}
-    for name, (module, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         # import only what is asked for: some commands need fairseq or matplotlib
         if argv[:1] == [name]:
-            modules[name] = importlib.import_module(module)
+            modules[name] = importlib.import_module(f"fairseq_smoe.commands.{name}")
             modules[name].add_arguments(subparser)
     args, args.more = parser.parse_known_args(argv)
     if args.more and not getattr(modules[args.command], "PASSES_ON_OPTIONS", False):

@@ -1,8 +1,13 @@
 """Importing this module registers the plugin with fairseq."""
 
-from fairseq_smoe import compat, hooks
+import sys
+
+from fairseq_smoe.training import compat, hooks
+from fairseq_smoe.translation.own_modules import import_named_modules
 
 compat.apply()
 hooks.apply()
+# before the options of the model are put together, as fairseq adds those to its parser next
+import_named_modules(sys.argv[1:])
 
-from fairseq_smoe import criterion, model, task  # noqa: E402,F401
+from fairseq_smoe.translation import criterion, model, task  # noqa: E402,F401

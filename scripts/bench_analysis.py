@@ -115,8 +115,8 @@ def untrained(args):
     import fairseq_smoe
 
     fairseq_smoe.register()
-    from fairseq_smoe.model import SMoETransformer
-    from fairseq_smoe.options import SMoETransformerOptions
+    from fairseq_smoe.translation.model import SMoETransformer
+    from fairseq_smoe.translation.options import SMoETransformerOptions
 
     torch.manual_seed(1)
     dictionary = Dictionary()

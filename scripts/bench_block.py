@@ -32,10 +32,10 @@ from benchmarking import add_common_options, in_turns, publish, quartiles
 from block_contestants import DenseFFN, ExpertProducts, FairscaleFFN, OneHotBlock, kept_choices
 from tqdm import tqdm
 
-from fairseq_smoe.experts import BACKENDS
-from fairseq_smoe.memory import keep_freed_memory
-from fairseq_smoe.smoe_block import SMoEBlock
-from fairseq_smoe.strata import parse_strata
+from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS
+from fairseq_smoe.moe.strata import parse_strata
+from fairseq_smoe.translation.memory import keep_freed_memory
 
 ONE_HOT_ALWAYS = 8000  # with more tokens one-hot dispatch takes up to a minute: one round of it
 

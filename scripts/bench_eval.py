@@ -99,7 +99,7 @@ def write_subset(args, target, directions):
     """A data folder with the first sentences of the test set, and no more."""
     from fairseq.data import indexed_dataset
 
-    from fairseq_smoe.data_manager import find_pairs, pair_of
+    from fairseq_smoe.translation.data_manager import find_pairs, pair_of
 
     target.mkdir()
     for path in [*args.data.glob("dict.*.txt"), args.data / "langs.txt"]:

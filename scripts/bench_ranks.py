@@ -25,10 +25,10 @@ from pathlib import Path
 from benchmarking import add_common_options, machine, quartiles
 from tqdm import tqdm
 
-from fairseq_smoe import benchmark as benchmarks
-from fairseq_smoe.data_manager import all_directions
-from fairseq_smoe.scale import SCALES
-from fairseq_smoe.training_command import training_command
+from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.scale import SCALES
+from fairseq_smoe.benchmarks.training_command import training_command
+from fairseq_smoe.translation.data_manager import all_directions
 
 WARM_UP = 3  # updates
 

@@ -20,7 +20,7 @@ def main():
 def stepper(benchmark, row, args, use_cuda):
     """A function that makes one update."""
     cfg, task, model, criterion = build(benchmark, row, args, use_cuda)
-    from fairseq_smoe.trainer import SMoETrainer  # once fairseq knows the plugin
+    from fairseq_smoe.training.trainer import SMoETrainer  # once fairseq knows the plugin
 
     trainer = SMoETrainer(cfg, task, model, criterion)
     sample = make_sample(task.source_dictionary, args)

@@ -22,10 +22,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fairseq_smoe  # noqa: E402
-from fairseq_smoe import benchmark as benchmarks  # noqa: E402
-from fairseq_smoe.flops import count_row  # noqa: E402
-from fairseq_smoe.scale import SCALES  # noqa: E402
-from fairseq_smoe.training_command import training_command, vocab_size  # noqa: E402
+from fairseq_smoe.accounting.flops import count_row  # noqa: E402
+from fairseq_smoe.benchmarks import benchmark as benchmarks  # noqa: E402
+from fairseq_smoe.benchmarks.scale import SCALES  # noqa: E402
+from fairseq_smoe.benchmarks.training_command import training_command, vocab_size  # noqa: E402
 
 SHORTEST, LONGEST = 10, 50  # tokens of the made-up sentences
 

@@ -5,28 +5,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_smoe.dispatch import plan_dispatch
-from fairseq_smoe.routing import (
-    balance_loss,
-    choose_experts,
-    combine_weights,
-    expert_capacity,
-    gate_logits,
-)
-from fairseq_smoe.smoe_block import GateRecord, SMoEBlock
+from fairseq_smoe.moe.block import GateRecord, SMoEBlock
+from fairseq_smoe.moe.dispatch import plan_dispatch
 
 
 class OneHotBlock(SMoEBlock):
     """The same block, dispatching by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
 
     def _visit(self, normed_TD, i, shared, here_T=None):
-        visible = self.visible[i]
-        logits_TE = gate_logits(normed_TD, self.gates[i].weight)
-        scores_TE = logits_TE.softmax(dim=1)
-        experts_KT = choose_experts(logits_TE, self.top_k)
-        capacity = expert_capacity(len(normed_TD), len(visible), self.capacity_factor)
-        plan = plan_dispatch(experts_KT, len(visible), capacity)
-        weights_KT = combine_weights(scores_TE, experts_KT, plan.kept_KT)
+        visible, gate = self.visible[i], self.gates[i]
+        choices = gate(normed_TD)
+        capacity = gate.capacity(len(normed_TD))
+        plan = plan_dispatch(choices.expert_C, choices.token_C, len(visible), capacity)
+        shape = gate.top_k, len(normed_TD)
+        experts_KT = choices.expert_C.view(shape)
+        weights_KT = gate.weights(choices, plan.kept_C).view(shape)
 
         combine_TEC = 0
         taken_E = torch.zeros(len(visible), dtype=torch.long)
@@ -34,7 +27,7 @@ class OneHotBlock(SMoEBlock):
             chosen_TE = F.one_hot(experts_KT[k], len(visible))
             place_T = ((chosen_TE.cumsum(0) - 1 + taken_E) * chosen_TE).sum(1)
             taken_E = taken_E + chosen_TE.sum(0)
-            place_TC = F.one_hot(place_T.clamp(max=capacity - 1), capacity).to(scores_TE)
+            place_TC = F.one_hot(place_T.clamp(max=capacity - 1), capacity).to(weights_KT)
             weight_TE = weights_KT[k].unsqueeze(1) * chosen_TE
             combine_TEC = combine_TEC + torch.einsum("te,tc->tec", weight_TE, place_TC)
         rows_ECD = torch.einsum("tec,td->ecd", combine_TEC.bool().to(normed_TD), normed_TD)
@@ -45,8 +38,14 @@ class OneHotBlock(SMoEBlock):
             )
         ]
         y_TD = torch.einsum("tec,ecd->td", combine_TEC, torch.stack(outputs))
-        record = GateRecord(scores_TE.detach(), experts_KT, plan.kept_KT)
-        return y_TD, record, balance_loss(scores_TE, experts_KT[0])
+        record = GateRecord(
+            choices.scores_TE.detach(),
+            choices.best_T,
+            choices.expert_C,
+            choices.token_C,
+            plan.kept_C,
+        )
+        return y_TD, record, gate.losses(choices)
 
 
 class DenseFFN(nn.Module):
@@ -122,8 +121,8 @@ class ExpertProducts:
 
 def kept_choices(gate):
     """Expert of each token-expert pair that was computed, of a :class:`GateRecord`."""
-    kept_KT = torch.ones_like(gate.experts_KT, dtype=torch.bool)
-    for condition in (gate.kept_KT, gate.here_T):
+    kept_C = torch.ones_like(gate.expert_C, dtype=torch.bool)
+    for condition in (gate.kept_C, gate.here_C):
         if condition is not None:
-            kept_KT &= condition
-    return gate.experts_KT[kept_KT]
+            kept_C &= condition
+    return gate.expert_C[kept_C]

@@ -15,8 +15,8 @@ import torch
 from bench_block import make_block, make_tokens, step
 from torch.profiler import ProfilerActivity, profile
 
-from fairseq_smoe.experts import BACKENDS
-from fairseq_smoe.smoe_block import SMoEBlock
+from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS
 
 # beginnings of operators' names; the first that fits counts
 PARTS = {

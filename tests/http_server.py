@@ -1,9 +1,9 @@
 """A web server on this machine whose faults can be switched on.
 
-    with FaultyServer(folder) as server:
-        server.cut_after, server.cuts = 1000, 2   # the first two answers end after 1000 bytes
-        download(server.url + "file.bin")
-        assert server.requests == [("/file.bin", None), ("/file.bin", "bytes=1000-"), ...]
+with FaultyServer(folder) as server:
+    server.cut_after, server.cuts = 1000, 2   # the first two answers end after 1000 bytes
+    download(server.url + "file.bin")
+    assert server.requests == [("/file.bin", None), ("/file.bin", "bytes=1000-"), ...]
 """
 
 import hashlib

@@ -18,7 +18,9 @@ class ReferenceOutput:
     passes: list
 
 
-def reference_block(params, strata, x, *, top_k=2, capacity_factor=None, norm="paper", padding=None):
+def reference_block(
+    params, strata, x, *, top_k=2, capacity_factor=None, norm="paper", padding=None
+):
     """Run a block on ``x`` (tokens, dim).
 
     ``params`` maps the block's state-dict names to tensors. ``capacity_factor`` None means that

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.data_parallel import fully_sharded_data_parallel as sharding
 
-from fairseq_smoe import fully_sharded
+from fairseq_smoe.training import fully_sharded
 
 
 class InOrder:

@@ -249,8 +249,12 @@ class Translations(Outcome):
 def generate(data, checkpoint, direction="en-aa", *more, check=True, **options):
     """``fairseq-generate`` on the test set of one direction."""
     return Translations.read(
-        run("fairseq-generate", data, *_translation_options(checkpoint, direction, more, options),
-            check=check)
+        run(
+            "fairseq-generate",
+            data,
+            *_translation_options(checkpoint, direction, more, options),
+            check=check,
+        )
     )
 
 
@@ -258,9 +262,12 @@ def interactive(data, checkpoint, lines, direction="en-aa", *more, **options):
     """``fairseq-interactive`` on some lines of text."""
     options = {"buffer_size": len(lines), **options}
     return Translations.read(
-        run("fairseq-interactive", data,
+        run(
+            "fairseq-interactive",
+            data,
             *_translation_options(checkpoint, direction, more, options),
-            stdin="".join(line + "\n" for line in lines))
+            stdin="".join(line + "\n" for line in lines),
+        )
     )
 
 

@@ -18,10 +18,10 @@ from fairseq_smoe.analysis.passes import (
     seed_of,
 )
 from fairseq_smoe.analysis.tables import COLUMNS, routing_rows, type_rows, write_table
-from fairseq_smoe.data_manager import find_shards
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.saved_model import identify
-from fairseq_smoe.preparation.files import write_whole
+from fairseq_smoe.files import write_whole
+from fairseq_smoe.translation.data_manager import find_shards
 
 
 def analyse(
@@ -41,7 +41,7 @@ def analyse(
     checkpoint, data and settings.
 
     Args:
-        run: the :class:`~fairseq_smoe.runs.Run`.
+        run: the :class:`~fairseq_smoe.benchmarks.runs.Run`.
         checkpoint, data, subset, max_tokens: see ``analyse --help``.
         directions: list, or None for all.
         max_sentences: per direction, 0 for all.

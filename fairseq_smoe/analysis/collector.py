@@ -3,7 +3,7 @@
 import torch
 
 from fairseq_smoe.analysis.counts import BlockCounts
-from fairseq_smoe.layers import expert_layers
+from fairseq_smoe.translation.layers import expert_layers
 
 SIDES = ("encoder", "decoder")
 FLUSH_AT = 1 << 16  # tokens of a block that wait to be counted together: a few MB
@@ -84,13 +84,15 @@ class _BlockCollector:
         num_strata, num_experts = len(self.name["strata"]), sum(self.name["strata"])
         self._forget_waiting()
         self._types_VP = torch.zeros(self.num_types, num_strata + 1, dtype=torch.long)
-        self._choices_KE = torch.zeros(2, num_experts, dtype=torch.long)  # first and second
+        self._best_E = torch.zeros(num_experts, dtype=torch.long)
+        self._chosen_E = torch.zeros(num_experts, dtype=torch.long)
         self._visits = [0] * num_strata
 
     def _forget_waiting(self):
         self._waiting = 0
         self._tokens, self._passes = [], []
-        self._choices = [[] for _ in self.first_experts]
+        self._best = [[] for _ in self.first_experts]
+        self._chosen = [[] for _ in self.first_experts]
 
     def add(self, tokens, stats):
         """Take note of a forward pass: (B, S) tokens and their ``BlockStats``."""
@@ -102,11 +104,12 @@ class _BlockCollector:
         self._tokens.append(tokens.reshape(-1))
         self._passes.append(stats.passes.reshape(-1))
         for i, gate in enumerate(stats.gates):
-            experts_KT = gate.experts_KT
+            best, chosen = gate.best_T, gate.expert_C
             if gate.here_T is not None:
-                experts_KT = experts_KT[:, gate.here_T]
-            self._choices[i].append(experts_KT)
-            self._visits[i] += experts_KT.shape[1]
+                best, chosen = best[gate.here_T], chosen[gate.here_C]
+            self._best[i].append(best)
+            self._chosen[i].append(chosen)
+            self._visits[i] += len(best)
         self._waiting += tokens.numel()
         if self._waiting >= FLUSH_AT:
             self._flush()
@@ -117,11 +120,10 @@ class _BlockCollector:
         tokens_T, passes_T = torch.cat(self._tokens), torch.cat(self._passes)
         num_passes = self._types_VP.shape[1]
         self._types_VP += _histogram(tokens_T * num_passes + passes_T, self._types_VP.shape)
-        for first_expert, waiting in zip(self.first_experts, self._choices):
-            # gates count from the first expert that they see
-            experts_KT = torch.cat(waiting, dim=1) + first_expert
-            for k, experts_T in enumerate(experts_KT):
-                self._choices_KE[k] += _histogram(experts_T, self._choices_KE[k].shape)
+        for counts_E, of_gates in ((self._best_E, self._best), (self._chosen_E, self._chosen)):
+            for first_expert, waiting in zip(self.first_experts, of_gates):
+                # gates count from the first expert that they see
+                counts_E += _histogram(torch.cat(waiting) + first_expert, counts_E.shape)
         self._forget_waiting()
 
     def take(self):
@@ -130,8 +132,8 @@ class _BlockCollector:
         counts = BlockCounts(
             **self.name,
             types_VP=self._types_VP.numpy(),
-            first_E=self._choices_KE[0].numpy(),
-            choices_E=self._choices_KE.sum(dim=0).numpy(),
+            first_E=self._best_E.numpy(),
+            choices_E=self._chosen_E.numpy(),
             visits_L=torch.tensor(self._visits).numpy(),
         )
         self._reset()

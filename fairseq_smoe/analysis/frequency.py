@@ -8,8 +8,8 @@ import numpy as np
 from fairseq.data import data_utils
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
-from fairseq_smoe.data_manager import find_pairs, find_shards
-from fairseq_smoe.preparation.files import whole_file
+from fairseq_smoe.files import whole_file
+from fairseq_smoe.translation.data_manager import find_pairs, find_shards
 
 CHUNK = 1 << 24  # tokens at a time
 

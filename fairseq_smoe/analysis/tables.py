@@ -5,7 +5,7 @@ import csv
 
 import numpy as np
 
-from fairseq_smoe.preparation.files import whole_file
+from fairseq_smoe.files import whole_file
 
 COLUMNS = {
     "capacity": ("direction", "side", "block", "layer", "requested_capacity", "tokens"),

@@ -13,7 +13,7 @@ import torch
 from numpy._core import multiarray
 
 from fairseq_smoe.errors import CheckpointError
-from fairseq_smoe.preparation.files import remove_unfinished, whole_file
+from fairseq_smoe.files import remove_unfinished, whole_file
 
 # what torch's weights-only loader does not know of itself: fairseq writes its options as a
 # Namespace, and numbers of numpy where a metric was computed with it; under the name that numpy 2

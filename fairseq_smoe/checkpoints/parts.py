@@ -29,7 +29,8 @@ REFERENCE = "expert_parts"  # in the checkpoint: {"folder": name, "parts": R}
 NAMES = "trained_parameters"  # in the checkpoint: names, in the order of the optimizer's state
 _PLACE = "place"  # in a part: [folder, its name]
 _FOLDER_NAME = re.compile(r"experts-\d+-[0-9a-f]+")
-_EXPERT_PARAMETER = re.compile(r"\.expert_block\.(block\.)?experts\.fc[12]_(weight|bias)$")
+# what experts have in common is in a module below theirs, and has one more name
+_EXPERT_PARAMETER = re.compile(r"\.expert_block\.(block\.)*experts\.[^.]+$")
 
 
 def is_expert_parameter(name):
@@ -197,7 +198,7 @@ def load_experts(model, state_dict, group=None):
 
     Args:
         state_dict: with tensors over all experts, or :class:`Parted`.
-        group: :class:`~fairseq_smoe.expert_group.ExpertGroup` that shares the model's experts.
+        group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that shares the model's experts.
 
     Returns:
         ``state_dict`` with the model's own tensors in the place of those.

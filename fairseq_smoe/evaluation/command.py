@@ -10,7 +10,8 @@ import torch
 from fairseq import utils
 from tqdm import tqdm
 
-from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.accounting.flops import count_parameters, flops_per_token
+from fairseq_smoe.benchmarks import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation import set_up_fairseq
 from fairseq_smoe.evaluation.batches import TokenBudget
@@ -22,11 +23,10 @@ from fairseq_smoe.evaluation.saved_model import (
     trained_directions,
 )
 from fairseq_smoe.evaluation.score_table import score_table
+from fairseq_smoe.evaluation.scoring import score_folder
 from fairseq_smoe.evaluation.test_set import find_test_sets
 from fairseq_smoe.evaluation.translator import Settings, Translator
 from fairseq_smoe.evaluation.workers import translate_in_turn, translate_side_by_side
-from fairseq_smoe.flops import count_parameters, flops_per_token
-from fairseq_smoe.scoring import score_folder
 
 CPU_TOKENS = 12000  # source tokens of a batch; fewer and many more were slower
 GPU_TOKENS = 65536  # to begin with
@@ -37,8 +37,8 @@ def evaluate(args, training, checkpoint):
     """Translate what is not translated yet, then score.
 
     Args:
-        args: options of ``fairseq_smoe.evaluate``.
-        training: :class:`~fairseq_smoe.runs.Run`
+        args: options of ``fairseq_smoe.commands.evaluate``.
+        training: :class:`~fairseq_smoe.benchmarks.runs.Run`
         checkpoint: the file.
     """
     devices = _devices(args)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.scoring import SCORES_FILE
 from fairseq_smoe.evaluation.test_set import to_text
-from fairseq_smoe.preparation.files import only_process_in, remove_unfinished, write_whole
-from fairseq_smoe.scoring import SCORES_FILE
+from fairseq_smoe.files import only_process_in, remove_unfinished, write_whole
 
 TEXT_FILES = ("hyp.pieces", "hyp.txt", "ref.pieces", "ref.txt", "src.txt")
 

@@ -2,11 +2,11 @@
 
 from dataclasses import fields
 
+from fairseq_smoe.accounting.flops import parse_model_options
+from fairseq_smoe.benchmarks.training_command import model_options
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.flops import parse_model_options
-from fairseq_smoe.options import RoutingOptions, check_options, resolve_strata
-from fairseq_smoe.strata import format_strata
-from fairseq_smoe.training_command import model_options
+from fairseq_smoe.moe.strata import format_strata
+from fairseq_smoe.translation.options import RoutingOptions, check_options, resolve_strata
 
 _WITHOUT_EFFECT = {"moe_gating_use_fp32", "moe_expert_backend"}
 

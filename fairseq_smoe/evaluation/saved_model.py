@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fairseq import checkpoint_utils, tasks, utils
 
-from fairseq_smoe.data_manager import find_pairs
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.task import read_languages
-from fairseq_smoe.task_files import LANGS_FILE
+from fairseq_smoe.translation.data_manager import find_pairs
+from fairseq_smoe.translation.task import read_languages
+from fairseq_smoe.translation.task_files import LANGS_FILE
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What ``scores.json`` holds, for the terminal."""
 
-from fairseq_smoe.tables.markdown import aligned
+from fairseq_smoe.text_table import aligned
 
 COLUMNS = {"encoder": "RC enc", "decoder": "RC dec"}
 

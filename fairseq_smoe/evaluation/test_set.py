@@ -6,11 +6,11 @@ from pathlib import Path
 
 from fairseq.data import indexed_dataset
 
-from fairseq_smoe.data_manager import find_pairs, pair_of
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.saved_model import subsets_in
-from fairseq_smoe.preparation.files import read_lines
-from fairseq_smoe.translation_metrics import UNKNOWN
+from fairseq_smoe.evaluation.translation_metrics import UNKNOWN
+from fairseq_smoe.files import read_lines
+from fairseq_smoe.translation.data_manager import find_pairs, pair_of
 
 
 @dataclass(frozen=True)

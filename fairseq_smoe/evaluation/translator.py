@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 import torch
 from fairseq import utils
 
-from fairseq_smoe.capacity_meter import CapacityMeter
 from fairseq_smoe.evaluation.folder import say
 from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
 from fairseq_smoe.evaluation.shortened import ShortenedDataset
-from fairseq_smoe.task import SMoETranslationTask
+from fairseq_smoe.translation.capacity_meter import CapacityMeter
+from fairseq_smoe.translation.task import SMoETranslationTask
 
 
 @dataclass(frozen=True)

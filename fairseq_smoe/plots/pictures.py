@@ -19,7 +19,7 @@ def draw_run(run, subset, target):
     """All pictures of a run's analysis.
 
     Args:
-        run: a :class:`~fairseq_smoe.runs.Run`.
+        run: a :class:`~fairseq_smoe.benchmarks.runs.Run`.
         subset: whose analysis.
         target: folder to write to.
 

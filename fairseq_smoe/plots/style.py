@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from fairseq_smoe.preparation.files import whole_file  # noqa: E402
+from fairseq_smoe.files import whole_file  # noqa: E402
 
 # blue and vermilion stay apart for all kinds of colour vision, and in grey
 SIDES = {"encoder": ("#0072b2", "o"), "decoder": ("#d55e00", "D")}  # colour and marker
@@ -44,7 +44,7 @@ def arrange(directions, benchmark=None):
 
     Args:
         directions: such as ``["en-de", "de-en"]``.
-        benchmark: a :class:`~fairseq_smoe.benchmark.Benchmark`, or None.
+        benchmark: a :class:`~fairseq_smoe.benchmarks.benchmark.Benchmark`, or None.
 
     Returns:
         list of :class:`Band` of at most :data:`PER_BAND` directions.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from fairseq_smoe.preparation.files import whole_file
+from fairseq_smoe.files import whole_file
 from fairseq_smoe.preparation.vocabulary import FAIRSEQ_SPECIALS, fairseq_ids
 
 CHUNK_LINES = 50_000

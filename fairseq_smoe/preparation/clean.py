@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.preparation.files import whole_file, write_whole
+from fairseq_smoe.files import whole_file, write_whole
 
 RULES = (
     "invalid_utf8",

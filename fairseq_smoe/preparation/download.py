@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.preparation.files import disk_space_for
+from fairseq_smoe.files import disk_space_for
 from fairseq_smoe.preparation.transfer import empty, receive, size_of, version_file
 
 GRACE = 2.0  # seconds that the other files get to stop after a failure

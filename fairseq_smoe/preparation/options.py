@@ -1,10 +1,10 @@
 """Options of ``python -m fairseq_smoe prepare``, by the step that they are for."""
 
-from fairseq_smoe import benchmark
+from fairseq_smoe.benchmarks import benchmark
+from fairseq_smoe.benchmarks.scale import SCALES
 from fairseq_smoe.preparation.clean import Rules
 from fairseq_smoe.preparation.pool import available_cores
 from fairseq_smoe.preparation.sources import FLORES200_URL, M15_SOURCE, OPUS100_URL
-from fairseq_smoe.scale import SCALES
 
 # the options that determine the output of each step; it depends on those of all earlier steps, too
 STEP_OPTIONS = {

@@ -4,7 +4,7 @@ import re
 import shutil
 
 from fairseq_smoe.preparation.options import STEPS
-from fairseq_smoe.task_files import LANGS_FILE
+from fairseq_smoe.translation.task_files import LANGS_FILE
 
 REPORT_FILES = ("report.md", "report.json", "report-sizes.png", "report-lengths.png")
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.files import whole_file, write_whole
 from fairseq_smoe.preparation.archives import (
     SUFFIXES,
     DamagedArchive,
@@ -14,7 +15,6 @@ from fairseq_smoe.preparation.archives import (
     refuse,
     visit_members,
 )
-from fairseq_smoe.preparation.files import whole_file, write_whole
 
 # prefix -> the folder, and ending, of Flores-200 that it stands for
 FLORES_FOLDERS = {"dev": "dev", "test": "devtest"}

@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.training_command import vocab_size
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation.clean import Rules
-from fairseq_smoe.training_command import vocab_size
 
 MOST_PIECES = 1_000_000
 DEFAULT_SPLITS = {"train": "train", "valid": "valid", "test": "test"}

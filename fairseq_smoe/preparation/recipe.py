@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.files import whole_file, write_whole
 from fairseq_smoe.preparation.archives import problem_with
 from fairseq_smoe.preparation.download import Download, download_all
-from fairseq_smoe.preparation.files import whole_file, write_whole
 
 # {data set: [[address, file of mtdata's cache, file that marks it complete, is an archive], ...]}
 _LOCATE = """

@@ -3,7 +3,7 @@
 import json
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.preparation.files import write_whole
+from fairseq_smoe.files import write_whole
 from fairseq_smoe.preparation.options import STEP_OPTIONS, STEPS, flag
 
 

@@ -2,9 +2,9 @@
 
 import json
 
-from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.files import write_whole
 from fairseq_smoe.preparation.clean import RULES
-from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.preparation.vocabulary import language_shares
 
 

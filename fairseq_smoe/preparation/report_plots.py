@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from fairseq_smoe.preparation.files import whole_file
+from fairseq_smoe.files import whole_file
 
 # no window system; no date in the file
 SAVE = {"format": "png", "dpi": 100, "bbox_inches": "tight", "metadata": {"Software": None}}

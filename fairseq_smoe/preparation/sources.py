@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.files import disk_space_for
 from fairseq_smoe.preparation.archives import problem_with
 from fairseq_smoe.preparation.download import Download, download_all
-from fairseq_smoe.preparation.files import disk_space_for
 from fairseq_smoe.preparation.recipe import fetch_recipe, read_recipe
 
 OPUS100_URL = "https://object.pouta.csc.fi/OPUS-100/v1.0/"

@@ -10,11 +10,11 @@ import json
 import sentencepiece as spm
 from tqdm import tqdm
 
-from fairseq_smoe import benchmark as benchmarks
+from fairseq_smoe.benchmarks import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.files import write_whole
 from fairseq_smoe.preparation import binary, sources
 from fairseq_smoe.preparation.clean import clean_pair, write_held_out
-from fairseq_smoe.preparation.files import write_whole
 from fairseq_smoe.preparation.parallel_text import check_source, collect
 from fairseq_smoe.preparation.pool import in_child, in_parallel
 from fairseq_smoe.preparation.report import write_report
@@ -25,7 +25,7 @@ from fairseq_smoe.preparation.vocabulary import (
     write_dictionary,
     write_sample,
 )
-from fairseq_smoe.task_files import LANGS_FILE
+from fairseq_smoe.translation.task_files import LANGS_FILE
 
 JOB_BYTES = 8_000_000  # text that a process encodes before it reports back
 

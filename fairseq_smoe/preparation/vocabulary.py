@@ -6,7 +6,7 @@ import numpy as np
 import sentencepiece as spm
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.preparation.files import whole_file, write_whole
+from fairseq_smoe.files import whole_file, write_whole
 
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # at the head of every dictionary
 # The result depends on it, through the order of floating point sums, so that it is not the number

@@ -1,9 +1,9 @@
 """Our scores of a benchmark beside the paper's."""
 
-from fairseq_smoe.significance import RESAMPLES, SIGNIFICANT
 from fairseq_smoe.tables import conditions
 from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
 from fairseq_smoe.tables.layout import MISSING, Layout, Section, Text, mflops, millions, number
+from fairseq_smoe.tables.significance import RESAMPLES, SIGNIFICANT
 
 # under a title such as "Into English", a mere avg would be taken for that of the side
 _HEADERS = {"verylow": "very low", "avg": "avg of all"}

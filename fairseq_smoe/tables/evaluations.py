@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from fairseq_smoe.benchmark import NAMES
+from fairseq_smoe.benchmarks.benchmark import NAMES
+from fairseq_smoe.benchmarks.runs import RUN_FILE, read_run
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.runs import RUN_FILE, read_run
-from fairseq_smoe.scoring import SCORES_FILE
+from fairseq_smoe.evaluation.scoring import SCORES_FILE
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Which differences between evaluations are significant."""
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.scoring import make_metric, read_directions
-from fairseq_smoe.significance import Bootstrap, mean_of, p_value
+from fairseq_smoe.evaluation.scoring import make_metric, read_directions
+from fairseq_smoe.tables.significance import Bootstrap, mean_of, p_value
 
 
 class PairedTests:

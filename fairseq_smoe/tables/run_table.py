@@ -1,11 +1,11 @@
 """Scores of runs on any data: a column per direction, means, and requested capacity."""
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.significance import SIGNIFICANT
 from fairseq_smoe.tables import conditions
 from fairseq_smoe.tables.benchmark_table import emphasis_note, significance_note
 from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
 from fairseq_smoe.tables.layout import Layout, Section, Text, mflops, millions, number
+from fairseq_smoe.tables.significance import SIGNIFICANT
 
 MEAN, MEAN_OF_ALL = "mean", "mean of all"
 

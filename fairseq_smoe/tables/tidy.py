@@ -3,8 +3,8 @@
 import csv
 import io
 
-from fairseq_smoe.significance import SIGNIFICANT
 from fairseq_smoe.tables.cells import DIGITS
+from fairseq_smoe.tables.significance import SIGNIFICANT
 
 FIELDS = (
     "benchmark scale subset metric row seed column ours paper difference p_value significant"

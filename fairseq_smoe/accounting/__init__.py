@@ -1,0 +1,1 @@
+"""Parameters, FLOPs and traffic of models, counted and by formula."""

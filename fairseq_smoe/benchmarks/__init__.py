@@ -1,0 +1,1 @@
+"""The paper's benchmarks: their definitions, scales, commands and run folders."""

@@ -1,0 +1,69 @@
+"""What a checkpoint is, in words and numbers."""
+
+import collections
+import math
+
+import torch
+
+from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
+from fairseq_smoe.checkpoints.parts import Parted, is_expert_parameter, read_checkpoint
+
+# entries of fairseq's models that nothing is trained in
+NO_PARAMETERS = (".version", "._float_tensor")
+
+
+def describe(path):
+    """What a checkpoint is: ``{name: value}`` of plain types."""
+    state = read_checkpoint(path)
+    model = {n: v for n, v in state["model"].items() if isinstance(v, (torch.Tensor, Parted))}
+    history = (state.get("optimizer_history") or [{}])[-1]
+    extra = state.get("extra_state") or {}
+    sizes = gate_sizes(model)
+    experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
+    parted = [value for value in experts.values() if isinstance(value, Parted)]
+    return {
+        "architecture": _architecture(state),
+        "experts": describe_gates(next(iter(sizes.values()), ())),
+        "expert blocks": len(sizes),
+        "parameters": sum(_parameters(model).values()),
+        "of experts": sum(_parameters(experts).values()),
+        "parts": len(parted[0].tensors) if parted else 1,
+        "type": _type(model),
+        "updates": history.get("num_updates"),
+        "epoch": (extra.get("train_iterator") or {}).get("epoch"),
+        "validation loss": _number(extra.get("val_loss")),
+        "best so far": _number(extra.get("best")),
+        "optimizer": history.get("optimizer_name") if state.get("last_optimizer_state") else "none",
+    }
+
+
+def _architecture(state):
+    """As given to --arch; a checkpoint of an older fairseq has a Namespace of options."""
+    cfg = state.get("cfg")
+    options = (cfg.get("model") if isinstance(cfg, dict) else state.get("args")) or {}
+    options = options if isinstance(options, dict) else vars(options)
+    return options.get("arch") or options.get("_name")
+
+
+def _parameters(model):
+    """``{memory: size}``: what several names share is one parameter."""
+    sizes = {}
+    for name, value in model.items():
+        if not name.endswith(NO_PARAMETERS):
+            memory = name if isinstance(value, Parted) else (value.data_ptr(), value.shape)
+            sizes[memory] = math.prod(value.shape)
+    return sizes
+
+
+def _type(model):
+    """Of most of the numbers."""
+    sizes = collections.Counter()
+    for value in model.values():
+        tensor = value.tensors[0] if isinstance(value, Parted) else value
+        sizes[str(tensor.dtype).removeprefix("torch.")] += math.prod(value.shape)
+    return max(sizes, key=sizes.get, default=None)
+
+
+def _number(value):
+    """A number of numpy or torch as Python's own."""
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,84 @@
+"""Translate a model's test sets in all directions and score them, loading the model once.
+
+What is done is skipped: an interrupted call goes on where it was.
+"""
+
+import argparse
+import sys
+
+from fairseq_smoe.benchmarks.runs import (
+    add_model_arguments,
+    comma_separated,
+    find_checkpoint,
+    find_training,
+)
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.scoring import add_scoring_options
+
+
+def add_arguments(parser):
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--directions",
+        type=comma_separated,
+        metavar="A-B,...",
+        help="(default: all of the benchmark, or of the training)",
+    )
+    parser.add_argument(
+        "--subset",
+        type=comma_separated,
+        action="extend",
+        metavar="NAME,...",
+        help="what to translate, as fairseq's --gen-subset; may be repeated (default: test)",
+    )
+    group = parser.add_argument_group("translation", "names and defaults are fairseq-generate's")
+    for option, kind, default in (
+        ("--beam", _positive, 5),
+        ("--lenpen", float, 1.0),
+        ("--max-len-a", float, 0.0),
+        ("--max-len-b", int, 200),
+    ):
+        group.add_argument(option, type=kind, default=default, help="(default: %(default)s)")
+    group.add_argument(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        help="source tokens of a batch; halved when a GPU's memory is too small (default: 12000, "
+        "on a GPU 65536)",
+    )
+    group.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="each translates directions of its own (default: one per GPU; without a GPU one "
+        "per core, at most 8)",
+    )
+    group.add_argument("--cpu", action="store_true", help="do not use a GPU that is there")
+    group.add_argument("--fp16", action="store_true", help="on a GPU: half precision")
+    add_scoring_options(parser)
+    parser.add_argument("--no-score", action="store_true", help="only translate")
+
+
+def _positive(text):
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 1")
+    return int(text)
+
+
+def run(args):
+    # whatever can be wrong here is found before fairseq is imported, which takes seconds
+    training = find_training(args)
+    checkpoint = find_checkpoint(args, training)
+    if args.fp16 and args.cpu:
+        raise OptionError("--fp16: is for GPUs; leave out --cpu or --fp16")
+    from fairseq_smoe.evaluation import set_up_fairseq
+
+    set_up_fairseq()
+    from fairseq_smoe.evaluation.command import evaluate
+
+    try:
+        evaluate(args, training, checkpoint)
+    except KeyboardInterrupt:
+        # fairseq's half-made datasets would complain when they are taken apart
+        sys.unraisablehook = lambda unraisable: None
+        raise

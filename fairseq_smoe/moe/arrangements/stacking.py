@@ -1,0 +1,78 @@
+"""Stacking, a baseline of the paper: plain MoE layers one after the other."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.moe.arrangement import Arrangement
+from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.kind import KindOptions, option
+from fairseq_smoe.moe.selection import select
+from fairseq_smoe.moe.strata import format_strata, own_experts
+
+
+@dataclass
+class StackingOptions(KindOptions):
+    smoe_stacking: bool = option(
+        False, "apply the strata as plain MoE layers one after the other (baseline of the paper)"
+    )
+
+    def check(self, strata, options):
+        if not Stacking.is_chosen(options):
+            return
+        if len(strata) == 1:
+            raise OptionError(
+                f"--smoe-stacking with --smoe-strata {format_strata(strata)}: stacking needs two "
+                "strata or more, e.g. --smoe-strata 4-4"
+            )
+        if options.smoe_norm != "paper":
+            raise OptionError(
+                f"--smoe-norm {options.smoe_norm} with --smoe-stacking: stacked layers have a "
+                "single LayerNorm; drop --smoe-norm"
+            )
+
+
+class Stacking(Arrangement):
+    """``--smoe-stacking``: stacked blocks in the place of stratified ones."""
+
+    name = "stacking"
+    Options = StackingOptions
+
+    @classmethod
+    def is_chosen(cls, options):
+        return options.smoe_stacking or super().is_chosen(options)
+
+    @classmethod
+    def arrange(cls, make_block, embed_dim, ffn_dim, options, **ffn_options):
+        return make_block(embed_dim, ffn_dim, block_class=StackedMoEBlock)
+
+
+class StackedMoEBlock(SMoEBlock):
+    """Stacking: L vanilla MoE layers in a row (paper, section 4.1).
+
+    One LayerNorm before the first layer, one residual around all of them, nothing in between;
+    every token visits every layer, so its requested capacity is always L.
+    """
+
+    def _visible_experts(self):
+        return own_experts(self.strata)
+
+    def _num_norms(self):
+        return 1
+
+    def _run(self, tokens_TD, real_T):
+        shared = self.experts.share(tokens_TD.dtype)
+        here = select(tokens_TD, real_T, may_wait=shared.waits)
+        x_HD = here.take(tokens_TD)
+        y_HD = self.norms[0](x_HD)
+        gates, losses = [], []
+        for i in range(len(self.strata)):
+            y_HD, record, own_losses = self._visit(y_HD, i, shared, here.mask_H)
+            gates.append(record)
+            losses.append(own_losses)
+        out_HD = x_HD + F.dropout(y_HD, self.dropout, self.training)
+        passes_T = torch.zeros(len(tokens_TD), dtype=torch.long, device=tokens_TD.device)
+        passes_T = here.put(passes_T, here.take(passes_T) + len(self.strata))
+        return here.put(tokens_TD, out_HD), passes_T, gates, losses

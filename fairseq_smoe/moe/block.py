@@ -1,0 +1,273 @@
+"""The stratified mixture-of-experts block: a whole FFN sublayer of a transformer.
+
+Letters in names: T tokens that are not padding, D model dim, E experts a gate sees, C choices of a
+token and an expert.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Dict, List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fairseq_smoe.moe.dispatch import combine_rows, gather_rows, plan_dispatch
+from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS, FFNExperts, FFNOptions
+from fairseq_smoe.moe.gate import BALANCE_LOSS
+from fairseq_smoe.moe.gates.top_k import SECOND_EXPERT_POLICIES, TopKGate, TopKOptions
+from fairseq_smoe.moe.selection import select
+from fairseq_smoe.moe.strata import visible_experts
+
+NORMS = ("paper", "released")
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """What one gate did in one forward pass; nothing here carries a gradient.
+
+    Experts are counted from the first one that the gate sees.
+
+    Attributes:
+        scores_TE: of the tokens at this gate.
+        best_T: their best experts.
+        expert_C, token_C: their choices; see :class:`~fairseq_smoe.moe.gate.Choices`.
+        kept_C: False where the expert was full; None when there was no limit.
+        here_T: the tokens that stood at this gate; the numbers of others mean nothing. None when
+            all did.
+    """
+
+    scores_TE: torch.Tensor
+    best_T: torch.Tensor
+    expert_C: torch.Tensor
+    token_C: torch.Tensor
+    kept_C: Optional[torch.Tensor] = None
+    here_T: Optional[torch.Tensor] = None
+
+    @property
+    def num_tokens(self):
+        """Tokens that stood at this gate; a scalar tensor where the device alone knows."""
+        return len(self.scores_TE) if self.here_T is None else self.here_T.sum()
+
+    @property
+    def here_C(self):
+        """The choices of tokens that stood at this gate, a mask; None for all."""
+        return None if self.here_T is None else self.here_T[self.token_C]
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """Routing of one forward pass of a block.
+
+    Attributes:
+        losses: ``{name: mean over the gates}``, scalars before their weights.
+        loss_weights: weights of those that are not the criterion's to choose.
+        passes: (...) int64, requested capacity of each token; 0 at padding.
+        gates: one record per gate, in stratum order.
+        shared_weight: (T,) weight of the expert branch where a dense FFN runs beside it (CMR).
+    """
+
+    losses: Dict[str, torch.Tensor]
+    passes: torch.Tensor
+    gates: List[GateRecord]
+    loss_weights: Dict[str, float]
+    shared_weight: Optional[torch.Tensor] = None
+
+    @property
+    def balance_loss(self):
+        """Mean balance loss of the gates, before the weight alpha."""
+        return self.losses[BALANCE_LOSS]
+
+
+class SMoEBlock(nn.Module):
+    """FFN sublayer whose experts stand in strata (paper, section 3).
+
+    A token enters at the first stratum. Each pass normalises it, adds the output of its top-k
+    experts among those of this and all later strata, and sends it behind the stratum that holds
+    its best expert; it leaves after a pass whose best expert stands in the last stratum. The block
+    owns its LayerNorms and the residual connection. With one stratum it is a vanilla MoE sublayer;
+    with ``top_k=1`` as well, a Switch sublayer.
+
+    Args:
+        embed_dim: D.
+        ffn_dim: hidden size of every expert.
+        strata: experts of each stratum.
+        top_k: 2, or 1 for Switch.
+        capacity_factor: in training an expert takes at most ``capacity_factor * ceil(T_i / E_i)``
+            rows of the T_i tokens at a gate that sees E_i experts; None for no limit. Evaluation
+            never drops.
+        second_expert_policy: "all" takes the second-highest probability; "sampling" draws the
+            second expert in training (evaluation stays deterministic).
+        norm: "paper" for eq. 4-7; "released" for what the authors' code computes: the residual of
+            the second and later passes is the normalised input, one more LayerNorm follows the
+            last stratum, and the balance loss averages over gates that saw tokens.
+        dropout: on the output of every pass.
+        activation_dropout: on the hidden units of the experts.
+        eom: expert output masking: in training this fraction of expert outputs is zeroed, at
+            evaluation all are scaled by ``1 - eom``.
+        activation_fn: activation of the experts.
+        expert_backend: how the experts multiply: "loop" expert by expert; "grouped_mm" by torch's
+            function of that name, without waiting for the device; "auto" takes that where torch
+            has a kernel for it.
+        expert_group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` of processes that share the
+            experts; each calls the block with tokens of its own, which have the capacity that they
+            would have alone. None for a process that holds all experts.
+        make_gate: ``make_gate(embed_dim, num_experts)`` returns a
+            :class:`~fairseq_smoe.moe.gate.Gate`; None for that of ``top_k``, ``capacity_factor``
+            and ``second_expert_policy``.
+        make_experts: ``make_experts(strata, embed_dim, ffn_dim, activation_fn=...,
+            activation_dropout=..., group=...)`` returns
+            :class:`~fairseq_smoe.moe.experts.Experts`; None for feed-forward networks that
+            multiply by ``expert_backend``.
+    """
+
+    def __init__(
+        self,
+        embed_dim,
+        ffn_dim,
+        strata=(4, 4),
+        top_k=2,
+        capacity_factor=2.0,
+        second_expert_policy="all",
+        norm="paper",
+        dropout=0.0,
+        activation_dropout=0.0,
+        eom=0.0,
+        activation_fn=F.relu,
+        expert_backend="auto",
+        expert_group=None,
+        make_gate=None,
+        make_experts=None,
+    ):
+        super().__init__()
+        if not strata or min(strata) < 1:
+            raise ValueError(f"strata={strata!r}: expected one positive size per stratum")
+        if top_k not in (1, 2):
+            raise ValueError(f"top_k={top_k!r}: expected 1 or 2")
+        if norm not in NORMS:
+            raise ValueError(f"norm={norm!r}: expected one of {NORMS}")
+        if second_expert_policy not in SECOND_EXPERT_POLICIES:
+            raise ValueError(
+                f"second_expert_policy={second_expert_policy!r}: "
+                f"expected one of {SECOND_EXPERT_POLICIES}"
+            )
+        if not 0 <= eom < 1:
+            raise ValueError(f"eom={eom!r}: expected a fraction from 0 up to, but not, 1")
+        if expert_backend not in BACKENDS:
+            raise ValueError(f"expert_backend={expert_backend!r}: expected one of {BACKENDS}")
+        if make_gate is None:
+            make_gate = partial(
+                TopKGate,
+                options=TopKOptions(top_k == 1, second_expert_policy, capacity_factor or 0),
+            )
+        if make_experts is None:
+            make_experts = partial(FFNExperts, options=FFNOptions(expert_backend))
+        self.strata = tuple(strata)
+        self.norm = norm
+        self.dropout = dropout
+        self.eom = eom
+        self.visible = self._visible_experts()
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(self._num_norms()))
+        self.gates = nn.ModuleList(make_gate(embed_dim, len(experts)) for experts in self.visible)
+        self.experts = make_experts(
+            self.strata,
+            embed_dim,
+            ffn_dim,
+            activation_fn=activation_fn,
+            activation_dropout=activation_dropout,
+            group=expert_group,
+        )
+        for i, experts in enumerate(self.visible if expert_group else ()):
+            order_E = expert_group.sending_order(experts)
+            self.register_buffer(f"sending_order_{i}", order_E, persistent=False)
+        stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
+        self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
+
+    def _visible_experts(self):
+        return visible_experts(self.strata)
+
+    def _num_norms(self):
+        return len(self.strata) + (self.norm == "released")
+
+    def extra_repr(self):
+        return f"strata={self.strata}, norm={self.norm}, eom={self.eom}"
+
+    def forward(self, x, padding_mask=None):
+        """Pass the tokens through the strata.
+
+        Args:
+            x: (..., D). Capacity is given out in the order of the flattened leading dimensions.
+            padding_mask: (...) bool, True at padding. Padding is never routed; it comes out
+                unchanged (norm="released": through the exit norm).
+
+        Returns:
+            ``(y, stats)``: (..., D) and :class:`BlockStats`.
+        """
+        flat_TD = x.reshape(-1, x.shape[-1])
+        real_T = None if padding_mask is None else padding_mask.reshape(-1).logical_not()
+        y_TD, passes_T, gates, losses = self._run(flat_TD, real_T)
+        if self.norm == "released":
+            y_TD = self.norms[-1](y_TD)
+        passes = passes_T.view(x.shape[:-1])
+        losses = self._mean_losses(losses, gates)
+        return y_TD.view_as(x), BlockStats(losses, passes, gates, self.gates[0].loss_weights)
+
+    def _run(self, tokens_TD, real_T):
+        """All passes: new tokens, passes, gate records, losses of each gate."""
+        shared = self.experts.share(tokens_TD.dtype)
+        gates, losses = [], []
+        behind_all = self.stratum_of_expert.new_full((len(tokens_TD),), len(self.strata))
+        stratum_T, passes_T = behind_all, torch.zeros_like(behind_all)
+        for i, visible in enumerate(self.visible):
+            at_gate_T = stratum_T == i if i else real_T
+            here = select(tokens_TD, at_gate_T, may_wait=shared.waits)
+            x_HD = here.take(tokens_TD)
+            normed_HD = self.norms[i](x_HD)
+            y_HD, record, own_losses = self._visit(normed_HD, i, shared, here.mask_H)
+            residual_HD = normed_HD if self.norm == "released" and i else x_HD  # eq. 7
+            out_HD = residual_HD + F.dropout(y_HD, self.dropout, self.training)
+            tokens_TD = here.put(tokens_TD, out_HD)
+            best_H = record.best_T + visible.start
+            stratum_T = here.put(stratum_T, self.stratum_of_expert[best_H] + 1)
+            passes_T = here.put(passes_T, here.take(passes_T) + 1)
+            gates.append(record)
+            losses.append(own_losses)
+        return tokens_TD, passes_T, gates, losses
+
+    def _visit(self, normed_TD, i, shared, here_T=None):
+        """One gate and its experts (eq. 5 and 6): output before the residual, record, losses."""
+        visible, gate = self.visible[i], self.gates[i]
+        choices = gate(normed_TD, here_T)
+        capacity = None
+        if self.training:
+            capacity = gate.capacity(len(normed_TD) if here_T is None else here_T.sum())
+        rows_C = choices.expert_C  # rows stand in the order of experts
+        if self.experts.exchanges:
+            rows_C = getattr(self, f"sending_order_{i}")[rows_C]
+        plan = plan_dispatch(rows_C, choices.token_C, len(visible), capacity, here_T)
+        weights_C = self._mask_outputs(gate.weights(choices, plan.kept_C))
+        rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
+        record = GateRecord(
+            choices.scores_TE.detach(),
+            choices.best_T,
+            choices.expert_C,
+            choices.token_C,
+            plan.kept_C,
+            here_T,
+        )
+        losses = gate.losses(choices, here_T)
+        return combine_rows(rows_ND, weights_C, plan, len(normed_TD)), record, losses
+
+    def _mask_outputs(self, weights_C):
+        """Expert output masking: an expert's output for a token is dropped as a whole."""
+        if not self.eom:
+            return weights_C
+        if not self.training:
+            return weights_C * (1 - self.eom)
+        return weights_C * (torch.rand_like(weights_C) >= self.eom)
+
+    def _mean_losses(self, losses, gates):
+        seen = len(losses)
+        if self.norm == "released":
+            seen = sum((torch.as_tensor(gate.num_tokens) > 0).long() for gate in gates).clamp(min=1)
+        return {name: torch.stack([own[name] for own in losses]).sum() / seen for name in losses[0]}

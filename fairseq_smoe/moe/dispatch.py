@@ -1,0 +1,122 @@
+"""Moving tokens to their experts and back by index.
+
+Letters in names: T tokens at the gate, D model dim, E experts the gate sees, C choices of a token and
+an expert, N rows: the choices that are carried out, sorted by expert. No tensor here is larger than
+N x D.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Optional
+
+import torch
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows that stand expert by expert.
+
+    Attributes:
+        rows_E: number of rows of each expert.
+        num_rows: N, of all together; behind those of the last expert may be others.
+    """
+
+    rows_E: torch.Tensor
+    num_rows: int
+
+    @cached_property
+    def rows_per_expert(self):
+        """``rows_E`` as a list; waits for the device."""
+        return self.rows_E.tolist()
+
+    @cached_property
+    def ends_E(self):
+        """Where each expert's rows end, int32."""
+        return self.rows_E.cumsum(0).int()
+
+    @cached_property
+    def row_expert_N(self):
+        """Expert of each row; the last one for rows that are no expert's."""
+        rows = torch.arange(self.num_rows, device=self.ends_E.device, dtype=torch.int32)
+        return torch.searchsorted(self.ends_E, rows, right=True).clamp(max=len(self.rows_E) - 1)
+
+
+@dataclass(frozen=True)
+class Dispatch(Runs):
+    """Which token each expert row holds.
+
+    Attributes:
+        row_choice_N: index of the row's choice.
+        row_token_N: token of each row.
+        kept_C: False where the expert was full; None when there was no limit.
+        valid_N: where shapes may not depend on who is here, N is C and the rows behind those of the
+            last expert are no expert's: False there. Otherwise None.
+    """
+
+    row_choice_N: torch.Tensor
+    row_token_N: torch.Tensor
+    kept_C: Optional[torch.Tensor]
+    valid_N: Optional[torch.Tensor]
+
+
+def plan_dispatch(expert_C, token_C, num_experts, capacity=None, here_T=None):
+    """Sort choices by expert and drop those beyond its capacity.
+
+    The queue of an expert holds its choices in their order; who stands behind the first
+    ``capacity`` places is dropped. With first choices in front of all second ones, a dropped first
+    choice keeps its place in front of those, as in GShard.
+
+    Args:
+        expert_C, token_C: the choices.
+        num_experts: E.
+        capacity: rows per expert, a number or a scalar tensor; None for no limit.
+        here_T: the tokens that are to be dispatched, and the wish for shapes that do not depend on
+            that: nothing here waits for the device then. None for all tokens.
+    """
+    if here_T is not None:
+        expert_C = torch.where(here_T[token_C], expert_C, num_experts)  # behind all experts
+    row_choice_N = torch.argsort(expert_C, stable=True)
+    # bincount would wait for the device
+    rows_E = expert_C.new_zeros(num_experts + 1).index_add(0, expert_C, torch.ones_like(expert_C))
+    kept_C = None
+    if capacity is not None:
+        start_E = rows_E.cumsum(0) - rows_E
+        place = torch.arange(len(expert_C), device=expert_C.device)
+        has_room = place - start_E[expert_C[row_choice_N]] < capacity
+        kept_C = torch.empty_like(has_room).index_copy(0, row_choice_N, has_room)
+        if here_T is None:
+            row_choice_N = row_choice_N[has_room]
+        else:
+            row_choice_N = torch.argsort(torch.where(kept_C, expert_C, num_experts), stable=True)
+        rows_E = rows_E.clamp(max=capacity)
+    rows_E = rows_E[:num_experts]
+    valid_N = None
+    if here_T is not None:
+        valid_N = torch.arange(len(expert_C), device=expert_C.device) < rows_E.sum()
+    row_token_N = token_C[row_choice_N]
+    return Dispatch(rows_E, len(row_token_N), row_choice_N, row_token_N, kept_C, valid_N)
+
+
+def gather_rows(tokens_TD, dispatch):
+    """Copy every token to its rows: (T, D) -> (N, D)."""
+    return _only_valid(tokens_TD.index_select(0, dispatch.row_token_N), dispatch)
+
+
+def combine_rows(rows_ND, weights_C, dispatch, num_tokens):
+    """Weighted sum of each token's rows (paper, eq. 6): (N, D) -> (T, D).
+
+    A token of two choices adds at most two rows to zero, so that the result does not depend on the
+    order of addition; one of more adds them in the order of the experts on a CPU, and in any order
+    on a GPU.
+    """
+    weights_N = weights_C[dispatch.row_choice_N].to(rows_ND.dtype)
+    weighted_ND = _only_valid(rows_ND, dispatch) * weights_N.unsqueeze(1)
+    out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
+    return out_TD.index_add(0, dispatch.row_token_N, weighted_ND)
+
+
+def _only_valid(rows_ND, dispatch):
+    """Zero in the rows that are no expert's, and in their gradient: both may be undefined."""
+    if dispatch.valid_N is None:
+        return rows_ND
+    return rows_ND.masked_fill(dispatch.valid_N.logical_not().unsqueeze(1), 0)

@@ -1,0 +1,130 @@
+"""Finding gates, kinds of experts and arrangements by name, and building what is found."""
+
+import importlib
+import pkgutil
+import sys
+from functools import partial
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.moe import arrangements, expert_kinds, gates
+from fairseq_smoe.moe.arrangement import Arrangement
+from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.experts import Experts
+from fairseq_smoe.moe.gate import Gate
+
+# flag that names a kind -> its base class and the folder of those that the project has
+DOORS = {
+    "--moe-gate": (Gate, gates),
+    "--moe-experts": (Experts, expert_kinds),
+    "--moe-arrangement": (Arrangement, arrangements),
+}
+
+
+def named_kinds(flag):
+    """``{name: class}`` of the project's own, by name."""
+    base, folder = DOORS[flag]
+    for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+        importlib.import_module(module.name)
+    found = {kind.name: kind for kind in _subclasses(base) if kind.name}
+    return dict(sorted(found.items()))
+
+
+def all_kinds():
+    """The project's own classes, and those of other modules that are imported by now."""
+    for flag in DOORS:
+        named_kinds(flag)
+    return [kind for base, _ in DOORS.values() for kind in _subclasses(base)]
+
+
+def _subclasses(base):
+    return [kind for child in base.__subclasses__() for kind in (child, *_subclasses(child))]
+
+
+def find_kind(flag, name):
+    """The class of a name, or of ``module:Class`` for one of the user's own.
+
+    Nothing is imported here, as the name may come from a checkpoint: the module has to be there.
+
+    Raises:
+        OptionError: there is none, or its module is not imported.
+    """
+    kinds = named_kinds(flag)
+    if name in kinds:
+        return kinds[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise OptionError(
+            f"{flag} {name}: expected {' or '.join(kinds)}, or module:Class for one of your own"
+        )
+    module = sys.modules.get(module_name)
+    if module is None:
+        raise OptionError(
+            f"{flag} {name}: the model needs this class, and a checkpoint imports nothing by "
+            f"itself; if you trust the module, add --moe-modules {module_name}"
+        )
+    kind = getattr(module, class_name, None)
+    base, _ = DOORS[flag]
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise OptionError(
+            f"{flag} {name}: {module_name} has no class {class_name} that is a {base.__name__} of "
+            f"{base.__module__}"
+        )
+    return kind
+
+
+def chosen_arrangements(options):
+    """The arrangements that the options ask for, innermost first."""
+    chosen = [kind for kind in named_kinds("--moe-arrangement").values() if kind.is_chosen(options)]
+    for name in filter(None, (options.moe_arrangement or "").split(",")):
+        kind = find_kind("--moe-arrangement", name)
+        if kind not in chosen:
+            chosen.append(kind)
+    return chosen
+
+
+def check_kinds(options, strata):
+    """Check the options of the kinds that the project has, and of those that are chosen.
+
+    Raises:
+        OptionError: see :meth:`~fairseq_smoe.moe.kind.KindOptions.check`; or a name is wrong.
+    """
+    kinds = [kind for flag in DOORS for kind in named_kinds(flag).values()]
+    kinds.append(find_kind("--moe-gate", options.moe_gate))
+    kinds.append(find_kind("--moe-experts", options.moe_experts))
+    for kind in dict.fromkeys([*kinds, *chosen_arrangements(options)]):
+        kind.Options.of(options).check(strata, options)
+
+
+def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, **ffn_options):
+    """The FFN sublayer that the options ask for: a block, or an arrangement of blocks.
+
+    Args:
+        options: all options of the model; their names are the flags'.
+        strata: experts of each stratum.
+        group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup`, or None.
+        ffn_options: ``dropout``, ``activation_dropout``, ``activation_fn``.
+    """
+    gate = find_kind("--moe-gate", options.moe_gate)
+    experts = find_kind("--moe-experts", options.moe_experts)
+    make = partial(
+        _make_block,
+        strata=strata,
+        norm=options.smoe_norm,
+        eom=options.moe_eom,
+        expert_group=group,
+        make_gate=partial(gate, options=gate.Options.of(options)),
+        make_experts=partial(experts, options=experts.Options.of(options)),
+        **ffn_options,
+    )
+    for kind in chosen_arrangements(options):
+        make = partial(_arranged, kind, make, kind.Options.of(options), ffn_options)
+    return make(embed_dim, ffn_dim)
+
+
+def _make_block(embed_dim, ffn_dim, block_class=SMoEBlock, **options):
+    return block_class(embed_dim, ffn_dim, **options)
+
+
+def _arranged(kind, make_block, options, ffn_options, embed_dim, ffn_dim, **changes):
+    make_block = partial(make_block, **changes)
+    return kind.arrange(make_block, embed_dim, ffn_dim, options, **ffn_options)

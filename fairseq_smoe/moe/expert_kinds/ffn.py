@@ -1,0 +1,118 @@
+"""The experts of the paper: E feed-forward networks held in stacked parameters."""
+
+import functools
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.moe.expert_loop import expert_loop
+from fairseq_smoe.moe.experts import Experts
+from fairseq_smoe.moe.grouped_linear import (
+    ALIGNMENT,
+    grouped_linear,
+    grouped_mm_is_fast,
+    grouped_mm_takes,
+)
+from fairseq_smoe.moe.kind import KindOptions, option
+from fairseq_smoe.moe.shared_weight import SharedWeight
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "loop", "grouped_mm")
+
+
+@dataclass
+class FFNOptions(KindOptions):
+    moe_expert_backend: str = option(
+        "auto",
+        "how the experts multiply: 'loop' one by one, 'grouped_mm' all in one call of torch's "
+        "function of that name, without waiting for the GPU; 'auto' takes that where torch has a "
+        "kernel for it (bfloat16 on GPUs of compute capability 9 and 10: Hopper and Blackwell of "
+        "data centres). Changes speed only",
+    )
+
+    def check(self, strata, options):
+        if self.moe_expert_backend not in BACKENDS:
+            raise OptionError(
+                f"--moe-expert-backend {self.moe_expert_backend}: expected {' or '.join(BACKENDS)}"
+            )
+
+
+class FFNExperts(Experts):
+    """Two-layer feed-forward networks: linear, activation, linear, with biases (paper, section 3).
+
+    Parameters are stacked over experts in stratum order: ``fc1_weight`` (E, D, F), ``fc1_bias``
+    (E, F), ``fc2_weight`` (E, F, D), ``fc2_bias`` (E, D).
+    """
+
+    name = "ffn"
+    Options = FFNOptions
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        widths = {"fc1": (self.embed_dim, self.ffn_dim), "fc2": (self.ffn_dim, self.embed_dim)}
+        for layer, (width, out_width) in widths.items():
+            # as nn.Linear: a dense FFN starts the same way
+            bound = 1 / math.sqrt(width)
+            for name, shape in (("weight", (width, out_width)), ("bias", (out_width,))):
+                tensor_E = torch.empty(sum(self.strata), *shape).uniform_(-bound, bound)
+                self.add_stacked(f"{layer}_{name}", tensor_E)
+
+    def share(self, dtype):
+        """:class:`SharedExperts`
+
+        Raises:
+            ValueError: backend "grouped_mm" cannot multiply with these weights.
+        """
+        device = self.fc1_weight.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        w1, b1, w2, b2 = (parameter.to(dtype) for parameter in self.stacked())
+        backend = self.options.moe_expert_backend
+        grouped = grouped_mm_is_fast(w1) if backend == "auto" else backend != "loop"
+        if grouped and not grouped_mm_takes(w1):
+            raise ValueError(
+                f"backend='grouped_mm': cannot take experts of {tuple(w1.shape[1:])} {w1.dtype}; "
+                f"needs rows of a multiple of {ALIGNMENT} bytes, and no float64"
+            )
+        _log_once("grouped_mm" if grouped else "loop", device, dtype)
+        waits = not grouped or self.exchanges
+        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
+
+    def multiply(self, rows_ND, runs, shared, experts):
+        rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
+        drops = self.training and self.activation_dropout
+        activate = self._activate_and_drop if drops else self.activation_fn
+        if not shared.grouped:
+            rows_E = runs.rows_per_expert
+            return expert_loop(rows_ND, rows_E, shared.fc1, shared.fc2, experts, activate)
+        hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
+        return grouped_linear(hidden_NF, shared.fc2, experts, runs)
+
+    def _activate_and_drop(self, hidden_NF):
+        return F.dropout(self.activation_fn(hidden_NF), self.activation_dropout)
+
+
+@functools.cache
+def _log_once(backend, device, dtype):
+    logger.info(f"experts multiply by {backend} ({dtype}, {device})")
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """The weights of both layers for all passes of a block.
+
+    Attributes:
+        fc1, fc2: :class:`~fairseq_smoe.moe.shared_weight.SharedWeight`
+        grouped: whether ``grouped_mm`` multiplies.
+        waits: whether the host has to know numbers of rows, for which it waits for the device.
+    """
+
+    fc1: SharedWeight
+    fc2: SharedWeight
+    grouped: bool
+    waits: bool

@@ -1,0 +1,74 @@
+"""A linear layer of all experts by one product, torch's ``grouped_mm``.
+
+Letters in names: N rows sorted by expert, E experts, I and O dims of input and output.
+"""
+
+import torch
+import torch.nn.functional as F
+
+ALIGNMENT = 16  # bytes, that grouped_mm wants of every stride
+KERNEL_CAPABILITIES = (9, 10)  # major ones: Hopper, and Blackwell of data centres
+GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Grouped(torch.autograd.Function):
+    """One call for all experts; the host need not know how many rows each has."""
+
+    @staticmethod
+    def forward(ctx, rows_NI, weight_EIO, bias_EO, gradients, experts, runs):
+        ctx.save_for_backward(rows_NI, weight_EIO)
+        ctx.rest = gradients, experts, runs
+        own = slice(experts.start, experts.stop)
+        out_NO = F.grouped_mm(rows_NI, weight_EIO[own], offs=runs.ends_E)
+        return out_NO.add_(bias_EO[own].index_select(0, runs.row_expert_N))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NO):
+        rows_NI, weight_EIO = ctx.saved_tensors
+        gradients, experts, runs = ctx.rest
+        own, ends_E = slice(experts.start, experts.stop), runs.ends_E
+        grad_NO = grad_NO.contiguous()
+        # sums over an expert's rows, as products with ones
+        ones_N1 = grad_NO.new_ones(len(grad_NO), ALIGNMENT // grad_NO.element_size())
+        gradients.add_all(
+            experts,
+            F.grouped_mm(rows_NI.t(), grad_NO, offs=ends_E),
+            F.grouped_mm(ones_N1.t(), grad_NO, offs=ends_E)[:, 0],
+        )
+        grad_NI = F.grouped_mm(grad_NO, weight_EIO[own].transpose(1, 2), offs=ends_E)
+        return grad_NI, None, None, None, None, None
+
+
+def grouped_linear(rows_NI, shared, experts, runs):
+    """Apply to each run of rows its expert's weight and bias, in one call.
+
+    Args:
+        rows_NI: rows sorted by expert.
+        shared: :class:`~fairseq_smoe.moe.shared_weight.SharedWeight`
+        experts: ``range`` of the experts that the runs belong to.
+        runs: :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows; those of the result, and of the
+            gradient of ``rows_NI``, that are no expert's are undefined.
+
+    Returns:
+        (N, O)
+    """
+    weight_EIO, bias_EO = shared.weight_EIO, shared.bias_EO
+    return _Grouped.apply(rows_NI, weight_EIO, bias_EO, shared.gradients, experts, runs)
+
+
+def grouped_mm_takes(weight_EIO):
+    """Whether ``grouped_mm`` can multiply with these weights."""
+    widths = [width * weight_EIO.element_size() for width in weight_EIO.shape[1:]]
+    return weight_EIO.dtype in GROUPED_TYPES and not any(width % ALIGNMENT for width in widths)
+
+
+def grouped_mm_is_fast(weight_EIO):
+    """Whether it can with a kernel of its own. Elsewhere torch loops over the experts inside, and
+    waits for the device to do so (aten's GroupedBlas, torch 2.11 to 2.13)."""
+    return (
+        weight_EIO.is_cuda
+        and weight_EIO.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(weight_EIO.device)[0] in KERNEL_CAPABILITIES
+        and grouped_mm_takes(weight_EIO)
+    )

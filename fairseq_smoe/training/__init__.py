@@ -1,0 +1,1 @@
+"""fairseq's training loop: repairs, checkpoints that survive, shards, signals."""

@@ -1,0 +1,227 @@
+"""Training a row of one of the paper's tables by fairseq-train."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.runs import RUN_FILE, read_run, run_folder
+from fairseq_smoe.benchmarks.training_command import (
+    batch_tokens,
+    split_batch,
+    training_command,
+    vocab_size,
+)
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.files import write_whole
+from fairseq_smoe.translation.task_files import LANGS_FILE
+
+
+@dataclass(frozen=True)
+class RowTraining:
+    """A training that is ready to start.
+
+    Attributes:
+        command: words of the fairseq-train command.
+        summary: a line about the size of its batches.
+        folder: of the run.
+        facts: for its ``run.json``.
+        data: folder of the binarised text.
+    """
+
+    command: list
+    summary: str
+    folder: Path
+    facts: dict
+    data: Path
+
+    def start(self, dry_run=False):
+        """Become fairseq-train. The plugin has to be known to fairseq.
+
+        Args:
+            dry_run: only print the command, and check it.
+
+        Raises:
+            OptionError: an option or the data is wrong.
+        """
+        first = os.environ.get("RANK", "0") == "0"
+        if first:
+            print(shlex.join(self.command), flush=True)
+            print(self.summary, file=sys.stderr)
+        _check_options(self.command)
+        if dry_run:
+            return
+        _check_data(self.data, self.facts)
+        if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / RUN_FILE, json.dumps(self.facts, indent=1) + "\n")
+        # in the place of this process: signals reach fairseq
+        program = Path(sys.executable).parent / self.command[0]
+        program = program if program.exists() else shutil.which(self.command[0])
+        sys.stdout.flush()
+        os.execv(program, self.command)
+
+
+def plan_training(args):
+    """The :class:`RowTraining` that the arguments of ``python -m fairseq_smoe train`` ask for.
+
+    Raises:
+        OptionError: names the option or folder that is wrong.
+    """
+    benchmark = benchmarks.load(args.benchmark)
+    row = benchmark.row(args.row)
+    default_data = benchmark.name if args.scale == "paper" else f"{benchmark.name}-{args.scale}"
+    data = (args.data or Path("data") / default_data).absolute()
+    folder = args.run or run_folder(args.runs, benchmark, row, args.scale, args.seed)
+    folder = folder.absolute()
+    tokens = args.batch_tokens
+    if tokens is None:
+        tokens = batch_tokens(benchmark, args.scale)
+    more = _checked(args.more)
+    on_gpu, processes = _devices(args.cpu, more)
+    max_tokens, steps = split_batch(tokens, processes, args.max_tokens, _longest(benchmark, more))
+    more = [*more, *_precision(on_gpu, args.fp32, more)]
+    command = training_command(
+        benchmark, row, args.scale, data, folder, args.seed, max_tokens, steps, more
+    )
+    facts = {
+        "benchmark": benchmarks.reference(args.benchmark),
+        "row": row.name,
+        "scale": args.scale,
+        "seed": args.seed,
+        "batch_tokens": tokens,
+        "data": str(data),
+        "command": command,
+    }
+    _check_same_run(folder, facts)
+    summary = (
+        f"{benchmark.title}, {row.name}, scale {args.scale}: {processes} process(es) x "
+        f"{max_tokens} tokens x {steps} step(s) = {processes * max_tokens * steps} target "
+        f"tokens an update, padding included (wanted: {tokens}), on "
+        f"{'GPUs' if on_gpu else 'the CPU'}"
+    )
+    return RowTraining(command, summary, folder, facts, data)
+
+
+def _checked(more):
+    """Options for fairseq-train, which must not change the size of the batch."""
+    for word in more:
+        option = word.partition("=")[0]
+        if option in ("--update-freq", "--batch-size", "--max-sentences"):
+            raise OptionError(f"{option}: follows from --batch-tokens and --max-tokens; give these")
+    return more
+
+
+def _check_options(command):
+    """Find what fairseq would refuse, before anything is written.
+
+    Raises:
+        OptionError: says what.
+    """
+    from fairseq import options as fairseq_options
+
+    from fairseq_smoe.translation.options import SMoETransformerOptions, check_options
+
+    def refuse(message):
+        raise OptionError(f"fairseq-train: {message}")
+
+    parser = fairseq_options.get_training_parser()
+    parser.error = refuse
+    parsed = fairseq_options.parse_args_and_arch(parser, command[1:])
+    check_options(SMoETransformerOptions.from_namespace(parsed))
+
+
+def _precision(on_gpu, fp32, more):
+    """Options for the device; half precision unless another is among ``more``, as fairseq would
+    mix the two up."""
+    if not on_gpu:
+        return ["--cpu"]
+    others = ("--bf16", "--amp", "--memory-efficient-bf16", "--memory-efficient-fp16")
+    return [] if fp32 or any(option in more for option in others) else ["--fp16"]
+
+
+def _value(words, option, default):
+    """The last value of an option among words of a command line."""
+    value = default
+    for word, following in zip(words, [*words[1:], None]):
+        name, equals, attached = word.partition("=")
+        if name == option:
+            value = attached if equals else following
+    return value
+
+
+def _number(words, option, default):
+    """The last value of an option, which has to be a number from 1."""
+    value = str(_value(words, option, default))
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise OptionError(f"{option} {value}: expected a number from 1")
+    return int(value)
+
+
+def _longest(benchmark, more):
+    """Tokens of the longest sentence that the training takes."""
+    return max(
+        _number(more, option, benchmark.training[option][0])
+        for option in ("--max-source-positions", "--max-target-positions")
+    )
+
+
+def _devices(cpu, more):
+    """``(on a GPU?, processes that train together)``, as fairseq will decide it."""
+    gpus = 0
+    if not cpu:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if "WORLD_SIZE" in os.environ:  # under torchrun
+        return gpus > 0, int(os.environ["WORLD_SIZE"])
+    return gpus > 0, _number(more, "--distributed-world-size", max(gpus, 1))
+
+
+def _check_same_run(folder, facts):
+    """A folder is for one training: going on with another model or batch would spoil it."""
+    if not folder.is_dir():
+        return
+    earlier = read_run(folder).facts
+    for name in ("benchmark", "row", "scale", "seed", "batch_tokens"):
+        if earlier and earlier.get(name) != facts[name]:
+            raise OptionError(
+                f"{folder}: was trained with {name} {earlier.get(name)}, not {facts[name]}; choose "
+                "another folder with --runs or --run"
+            )
+    if earlier and earlier.get("data", facts["data"]) != facts["data"]:
+        print(
+            f"warning: {folder}: was trained with --data {earlier['data']}, and goes on with "
+            f"{facts['data']}",
+            file=sys.stderr,
+        )
+
+
+def _check_data(data, facts):
+    """The folder exists, and holds a vocabulary of the size that the scale asks for."""
+    benchmark, scale = benchmarks.load(facts["benchmark"]), facts["scale"]
+    scaled = "" if scale == "paper" else f" --scale {scale}"
+    remedy = f"bash data-prep/{benchmark.name}.sh {data}{scaled}"
+    if benchmark.name not in benchmarks.NAMES:
+        remedy = (
+            f"python -m fairseq_smoe prepare --benchmark {facts['benchmark']} --from TEXT --to "
+            f"{data}{scaled}"
+        )
+    if not (data / LANGS_FILE).exists():
+        raise OptionError(f"--data {data}: holds no prepared text; make it with: {remedy}")
+    dictionary = data / f"dict.{benchmark.english}.txt"
+    if not dictionary.exists():
+        raise OptionError(f"{dictionary}: no such file; make the data again: {remedy}")
+    with open(dictionary, encoding="utf-8") as lines:
+        pieces = sum(1 for _ in lines)
+    expected = vocab_size(benchmark, scale)
+    if abs(pieces - expected) > expected // 10:
+        print(
+            f"warning: {dictionary} has {pieces} pieces, scale {scale} of {benchmark.title} "
+            f"{expected}: the model will have another size than at that scale",
+            file=sys.stderr,
+        )

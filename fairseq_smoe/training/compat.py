@@ -1,0 +1,210 @@
+"""What the installed fairseq (ve-fairseq 0.12.3) and torch 2.11-2.13 need to work together.
+
+Each function repairs one thing and says why; :func:`apply` runs them all. It is called once, when
+the plugin is loaded.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+
+from fairseq_smoe.errors import OneLineError, OptionError
+from fairseq_smoe.training.lost_ranks import is_lost_connection, roll_call
+
+
+def apply():
+    find_torchrun_processes_on_cpu()
+    refuse_to_train_nothing()
+    keep_off_the_tpu()
+    let_ddp_run_on_cpu()
+    keep_the_last_batch()
+    write_log_files_once()
+    explain_chosen_parts_in_help()
+    print_user_errors_in_one_line()
+
+
+class Overlay:
+    """A module with some of its attributes replaced."""
+
+    def __init__(self, module, replacements):
+        self._module = module
+        self.__dict__.update(vars(replacements))
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def find_torchrun_processes_on_cpu():
+    """fairseq derives the number of processes from that of GPUs: under torchrun on a CPU every
+    process would train alone, and with the number given divide by zero GPUs."""
+    from fairseq.distributed import utils as distributed_utils
+
+    stock_init = distributed_utils.infer_init_method
+    stock_torchrun_init = distributed_utils._infer_torch_distributed_launch_init
+
+    @wraps(stock_init)
+    def infer_init_method(cfg, force_distributed=False):
+        if _under_torchrun() and not torch.cuda.is_available():
+            cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
+            cfg.distributed_backend = "gloo"
+        return stock_init(cfg, force_distributed)
+
+    @wraps(stock_torchrun_init)
+    def torchrun_init(cfg):
+        if torch.cuda.is_available():
+            return stock_torchrun_init(cfg)
+        cfg.distributed_init_method = "env://"
+        cfg.distributed_rank = int(os.environ["RANK"])
+        cfg.device_id = 0
+        cfg.distributed_no_spawn = True
+
+    distributed_utils.infer_init_method = infer_init_method
+    distributed_utils._infer_torch_distributed_launch_init = torchrun_init
+
+
+def refuse_to_train_nothing():
+    """fairseq starts as many processes as there are GPUs: without any, it would end at once, as if
+    all were well."""
+    from fairseq.distributed import utils as distributed_utils
+
+    stock = distributed_utils.call_main
+
+    @wraps(stock)
+    def call_main(cfg, main, **kwargs):
+        training = cfg.distributed_training
+        alone = training.distributed_no_spawn or _under_torchrun()
+        if training.distributed_world_size > 1 and not (alone or torch.cuda.is_available()):
+            raise OptionError(
+                f"--distributed-world-size {training.distributed_world_size}: fairseq starts a "
+                "process for every GPU, and there is none; start them by torchrun "
+                f"--nproc_per_node {training.distributed_world_size} --no-python fairseq-train ..."
+            )
+        return stock(cfg, main, **kwargs)
+
+    distributed_utils.call_main = call_main
+
+
+def keep_off_the_tpu():
+    """Without a GPU, --bf16 switches fairseq to a TPU, whether there is one or not."""
+    from fairseq.distributed import utils as distributed_utils
+
+    stock = distributed_utils.call_main
+
+    @wraps(stock)
+    def call_main(cfg, main, **kwargs):
+        if importlib.util.find_spec("torch_xla") is None:
+            for part in filter(None, (cfg.common, cfg.distributed_training, cfg.optimizer)):
+                if getattr(part, "tpu", False):
+                    part.tpu = False
+        return stock(cfg, main, **kwargs)
+
+    distributed_utils.call_main = call_main
+
+
+def _under_torchrun():
+    return all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
+
+
+def let_ddp_run_on_cpu():
+    """--ddp-backend pytorch_ddp names a GPU to torch's DDP, which refuses that for CPU modules."""
+    from fairseq.models import distributed_fairseq_model
+
+    stock = distributed_fairseq_model.DistributedDataParallel
+
+    @wraps(stock, updated=())
+    def ddp(module, device_ids=None, output_device=None, **kwargs):
+        if not next(module.parameters()).is_cuda:
+            device_ids = output_device = None
+        return stock(module, device_ids=device_ids, output_device=output_device, **kwargs)
+
+    distributed_fairseq_model.DistributedDataParallel = ddp
+
+
+def keep_the_last_batch():
+    """The installed fairseq leaves out a last batch whose size is no multiple of
+    --required-batch-size-multiple, by default 8: sentences of a test set would go untranslated and
+    unscored, without a word."""
+    from fairseq.data import data_utils
+
+    stock = data_utils.batch_by_size
+
+    @wraps(stock)
+    def batch_by_size(indices, *args, **kwargs):
+        batches = list(stock(indices, *args, **kwargs))
+        batched = sum(map(len, batches))
+        if batched < len(indices):  # batches are consecutive parts of the indices
+            batches.append(indices[batched:])
+        return batches
+
+    data_utils.batch_by_size = batch_by_size
+
+
+def write_log_files_once():
+    """With --log-file, fairseq opens the file anew at every epoch and validation, and writes what
+    follows once more each time."""
+    from fairseq.logging import progress_bar
+
+    stock = progress_bar.progress_bar
+
+    @wraps(stock)
+    def make_progress_bar(*args, log_file=None, **kwargs):
+        if log_file is not None and any(
+            getattr(handler, "baseFilename", None) == os.path.abspath(log_file)
+            for handler in progress_bar.logger.handlers
+        ):
+            log_file = None
+        return stock(*args, log_file=log_file, **kwargs)
+
+    progress_bar.progress_bar = make_progress_bar
+
+
+def explain_chosen_parts_in_help():
+    """fairseq parses twice, and learns the options of model, task and criterion in between; its
+    --help ends the first parsing and so never shows them."""
+    from fairseq import options
+
+    stock = options.parse_args_and_arch
+    help_flags = {"-h", "--help"}
+
+    @wraps(stock)
+    def parse_args_and_arch(parser, input_args=None, *args, **kwargs):
+        input_args = sys.argv[1:] if input_args is None else input_args
+        if help_flags.intersection(input_args):
+            stock_parse = parser.parse_known_args
+
+            def parse_without_help(arguments, namespace=None):
+                parser.parse_known_args = stock_parse  # the next parsing may show it
+                return stock_parse([a for a in arguments if a not in help_flags], namespace)
+
+            parser.parse_known_args = parse_without_help
+        return stock(parser, input_args, *args, **kwargs)
+
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def print_user_errors_in_one_line():
+    """A mistake in an option deserves a sentence, not a traceback. Also when fairseq has wrapped
+    the error in one of its own."""
+    stock_hook = sys.excepthook
+
+    def hook(kind, error, traceback):
+        causes = [error]
+        while causes[-1] is not None and causes[-1] not in causes[:-1]:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        ours = [cause for cause in causes if isinstance(cause, OneLineError)]
+        if ours:
+            print(f"error: {ours[0]}", file=sys.stderr)
+        elif dist.is_initialized() and any(map(is_lost_connection, causes)):
+            # torch catches what goes to sys.stderr, to print it when this returns
+            print(f"error: {roll_call()} ({error})", file=sys.__stderr__, flush=True)
+            logging.shutdown()
+            os._exit(1)  # torch's own end may wait for those that are lost
+        else:
+            stock_hook(kind, error, traceback)
+
+    sys.excepthook = hook

@@ -1,0 +1,217 @@
+"""Where fairseq's training calls what this project puts in its place.
+
+Each function sets one of fairseq's names, and says why; :func:`apply` runs them all, once, when the
+plugin is loaded.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import sys
+from datetime import timedelta
+from functools import partial, wraps
+from types import SimpleNamespace
+
+import torch.distributed as dist
+
+from fairseq_smoe.checkpoints import files
+from fairseq_smoe.checkpoints.choice import newest_whole
+from fairseq_smoe.checkpoints.parts import read_checkpoint, remove_unused_folders
+from fairseq_smoe.errors import CheckpointError, OneLineError
+from fairseq_smoe.training import lost_ranks
+from fairseq_smoe.training.compat import Overlay
+
+logger = logging.getLogger(__name__)
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+
+
+def apply():
+    train_with_our_trainer()
+    shard_all_but_experts()
+    read_checkpoints_safely()
+    write_checkpoints_whole()
+    go_on_when_a_checkpoint_fails()
+    fall_back_to_a_whole_checkpoint()
+    wait_no_longer_than_asked()
+
+
+def train_with_our_trainer():
+    """fairseq-train builds a Trainer of its own, and ends its loop where it likes."""
+    from fairseq_smoe.training.trainer import SMoETrainer, StopTraining, stop_and_save
+
+    for module in _train_modules():
+        module.Trainer = SMoETrainer
+        stock = module.validate_and_save
+
+        @wraps(stock)
+        def validate_and_save(cfg, trainer, task, epoch_itr, *args, stock=stock):
+            try:
+                if trainer.must_stop():
+                    raise StopTraining
+                losses, must_end = stock(cfg, trainer, task, epoch_itr, *args)
+            except StopTraining:
+                stop_and_save(cfg, trainer, epoch_itr)
+            if must_end and trainer.unsaved:
+                raise CheckpointError(
+                    f"the training ends without its last checkpoint: {trainer.unsaved}"
+                )
+            return losses, must_end
+
+        module.validate_and_save = validate_and_save
+
+
+def _train_modules():
+    """fairseq_cli.train, which may have been started as a program, or not be there."""
+    modules = (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"])
+    return [module for module in modules if hasattr(module, "validate_and_save")]
+
+
+def shard_all_but_experts():
+    """fairseq wraps models in a class of its own for --ddp-backend fully_sharded."""
+    from fairseq.distributed import fully_sharded_data_parallel
+
+    from fairseq_smoe.training.fully_sharded import FullyShardedModel, check_options
+
+    stock = fully_sharded_data_parallel.fsdp_enable_wrap
+
+    @wraps(stock)
+    def fsdp_enable_wrap(cfg):
+        check_options(cfg)
+        return stock(cfg)
+
+    fully_sharded_data_parallel.FullyShardedDataParallel = FullyShardedModel
+    for module in _train_modules():
+        module.fsdp_enable_wrap = fsdp_enable_wrap
+
+
+def read_checkpoints_safely():
+    """fairseq leaves to torch's default, and to the environment, whether a checkpoint may run code;
+    and cannot put one together from parts."""
+    from fairseq import checkpoint_utils
+
+    def load(handle, map_location=None):
+        return read_checkpoint(handle.name, checked=False)
+
+    checkpoint_utils.torch = Overlay(checkpoint_utils.torch, SimpleNamespace(load=load))
+
+
+def write_checkpoints_whole():
+    """fairseq tries three times to write what the disk does not take, and makes checkpoint_last.pt
+    by copying into it, so that a crash leaves half of it."""
+    from fairseq import checkpoint_utils
+
+    stock_save, manager = checkpoint_utils.torch_persistent_save, checkpoint_utils.PathManager
+
+    @wraps(stock_save)
+    def save(state, filename, async_write=False):
+        if async_write or manager.path_requires_pathmanager(filename):  # not on a disk
+            stock_save(state, filename, async_write)
+        else:
+            files.write(state, filename)
+
+    def copy(source, target, overwrite=False):
+        if manager.path_requires_pathmanager(target):
+            return manager.copy(source, target, overwrite)
+        return _copy_whole(source, target)
+
+    checkpoint_utils.torch_persistent_save = save
+    checkpoint_utils.PathManager = Overlay(manager, SimpleNamespace(copy=copy))
+
+
+def _copy_whole(source, target):
+    """A second name for a file, which takes no space, or else a copy; never half of it."""
+    unfinished = f"{target}.unfinished-{os.getpid()}"
+    try:
+        try:
+            os.link(source, unfinished)
+        except OSError:  # not every file system has links
+            shutil.copyfile(source, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        if os.path.lexists(unfinished):
+            os.remove(unfinished)
+    return True
+
+
+def go_on_when_a_checkpoint_fails():
+    """A full disk is no reason to lose what has been trained: the next checkpoint may fit, and the
+    previous one is there. Only at the end of a training it is an error."""
+    from fairseq import checkpoint_utils
+
+    stock = checkpoint_utils.save_checkpoint
+
+    @wraps(stock)
+    def save_checkpoint(cfg, trainer, epoch_itr, val_loss):
+        best = getattr(save_checkpoint, "best", None)
+        trainer.unsaved = None
+        try:
+            if not cfg.no_save:
+                trainer.store_experts(cfg.save_dir)
+            saved = stock(cfg, trainer, epoch_itr, val_loss)
+            if trainer.is_data_parallel_master and not cfg.no_save:
+                remove_unused_folders(cfg.save_dir)
+            return saved
+        except (OSError, OneLineError) as error:
+            if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+                raise
+            trainer.unsaved = error
+            if best is None:
+                vars(save_checkpoint).pop("best", None)
+            else:
+                save_checkpoint.best = best
+            if trainer.is_data_parallel_master:
+                updates = trainer.get_num_updates()
+                logger.error(
+                    f"no checkpoint of update {updates}, the previous one is kept: {error}"
+                )
+                remove_unused_folders(cfg.save_dir)
+        finally:
+            trainer.stored_experts = None
+
+    checkpoint_utils.save_checkpoint = save_checkpoint
+
+
+def fall_back_to_a_whole_checkpoint():
+    """For --restore-fallback."""
+    from fairseq import checkpoint_utils
+
+    stock = checkpoint_utils.load_checkpoint
+
+    @wraps(stock)
+    def load_checkpoint(cfg, trainer, **kwargs):
+        if getattr(trainer.cfg.task, "restore_fallback", False):
+            asked = cfg.restore_file
+            if asked == "checkpoint_last.pt":
+                asked = os.path.join(cfg.save_dir, asked)
+            found = trainer.from_first_rank(newest_whole, asked)
+            if found != asked:
+                logger.warning(f"--restore-fallback: {asked} is damaged, going on from {found}")
+                cfg.restore_file, cfg.finetune_from_model = found, None
+        return stock(cfg, trainer, **kwargs)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def wait_no_longer_than_asked():
+    """--distributed-timeout; and processes learn each other's machine, to name one that is lost."""
+    from fairseq.distributed import utils as distributed_utils
+
+    stock = distributed_utils.distributed_init
+
+    @wraps(stock)
+    def distributed_init(cfg):
+        seconds = getattr(cfg.task, "distributed_timeout", None)
+        waiting = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
+        # fairseq makes a group of its own for gradients and logs; torch would give it half an hour
+        makers = {
+            name: partial(getattr(dist, name), **waiting)
+            for name in ("init_process_group", "new_group")
+        }
+        distributed_utils.dist = Overlay(dist, SimpleNamespace(**makers))
+        rank = stock(cfg)
+        lost_ranks.sign_in()
+        return rank
+
+    distributed_utils.distributed_init = distributed_init

@@ -1,0 +1,288 @@
+"""fairseq's trainer, for experts that are spread over processes, and for trainings that survive."""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
+from fairseq.utils import move_to_cpu
+
+from fairseq_smoe.checkpoints.parts import (
+    NAMES,
+    REFERENCE,
+    is_expert_parameter,
+    is_stacked,
+    new_folder_name,
+    take_experts,
+    write_part,
+)
+from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError, OptionError
+from fairseq_smoe.training.stop_signal import StopSignal
+from fairseq_smoe.translation.layers import find_expert_group
+
+logger = logging.getLogger(__name__)
+
+HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
+SHARDS = "num_shards"  # of the training data, as many as processes, beside the position in them
+
+
+class StopTraining(Exception):
+    """Raised in the middle of a validation, to end it."""
+
+
+class SMoETrainer(Trainer):
+    """Knows of experts that the ranks of an :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` share:
+    their gradients, their norm, and their part of checkpoints. Ends at SIGTERM and SIGUSR1."""
+
+    def __init__(self, cfg, task, model, criterion, quantizer=None):
+        self.expert_group = find_expert_group(model)
+        check_options(cfg, self.expert_group)
+        # one entry in the optimizer's state for every parameter, whatever the precision: experts
+        # are told from others, and a checkpoint is the same on a CPU, where flattening fails
+        cfg.common.fp16_no_flatten_grads = True
+        # every rank reads what it needs; fairseq would have the first one send all of it, pickled
+        cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        super().__init__(cfg, task, model, criterion, quantizer)
+        self.stop_signal = StopSignal()
+        self.stops = 0  # processes that have been asked to stop, as all of them know
+        self.stored_experts = None  # what the checkpoint that is being written says of its parts
+        self.unsaved = None  # why the last checkpoint could not be written
+
+    # ----------------------------------------------------------------------------------
+    # gradients
+
+    @property
+    def model(self):
+        """The model, wrapped for data parallel training of all but the experts."""
+        if self._wrapped_model is None and self.expert_group and self.use_distributed_wrapper:
+            experts = [n for n, _ in self._model.named_parameters() if is_expert_parameter(n)]
+            # torch's wrapper; the others go by the mark that experts have
+            torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                self._model, experts
+            )
+            reduce_shared = getattr(super().model, "all_reduce_grads", lambda: None)
+
+            def reduce_all():
+                reduce_shared()
+                self.expert_group.average_gradients(self._experts())
+
+            self._wrapped_model.all_reduce_grads = reduce_all
+        return super().model
+
+    def _experts(self):
+        return [p for n, p in self._model.named_parameters() if is_expert_parameter(n)]
+
+    def clip_grad_norm(self, clip_norm):
+        """Clip by the norm of the whole model, of which each rank has a share."""
+        if self.expert_group is None:
+            return super().clip_grad_norm(clip_norm)
+        # half precision keeps gradients, and the mark of experts, in copies
+        stepped = getattr(self.optimizer, "fp32_params", None) or self.optimizer.params
+
+        def with_experts(norm):
+            gradients = [p.grad for p in stepped if hasattr(p, "expert")]
+            return self.expert_group.norm_with_experts(norm, gradients, sharded=self.is_fsdp)
+
+        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
+
+    # ----------------------------------------------------------------------------------
+    # checkpoints
+
+    def _build_optimizer(self):
+        super()._build_optimizer()
+        self.optimizer.optimizer.register_load_state_dict_pre_hook(self._take_share)
+        # fairseq has two for half precision, one of them for shards, and compares their names when
+        # it loads; what they keep is the same
+        for last in (self._optim_history or [])[-1:]:
+            if last["optimizer_name"] in HALF_PRECISION:
+                last["optimizer_name"] = type(self.optimizer).__name__
+
+    def _take_share(self, _, state_dict):
+        """Of what an optimizer has kept of all experts, leave that of this rank's; and let go of
+        the file that it was read from."""
+        names = self._trained_names()
+        group = self.expert_group
+        for number, entries in state_dict["state"].items():
+            expert = number < len(names) and is_expert_parameter(names[number])
+            for key, value in entries.items():
+                if expert and is_stacked(value, self._num_experts()):
+                    entries[key] = (group.share(value) if group else value[:]).clone()
+                elif isinstance(value, torch.Tensor):
+                    entries[key] = value.clone()
+
+    def _trained_names(self):
+        return [name for name, p in self._model.named_parameters() if p.requires_grad]
+
+    def _num_experts(self):
+        size = self.expert_group.size if self.expert_group else 1
+        return size * len(self._experts()[0])
+
+    def store_experts(self, folder):
+        """Write this rank's part of a checkpoint; its file will be written by the first rank.
+
+        Every process has to call this.
+
+        Args:
+            folder: of checkpoints.
+
+        Raises:
+            CheckpointError: some rank could not write its part; none of them is left.
+        """
+        if self.expert_group is None:
+            return
+        self.consolidate_optimizer()  # as before every state_dict of fairseq's trainer
+        name = self.from_first_rank(new_folder_name, self.get_num_updates())
+        state = self._full_state_dict()  # of shards, by all
+        group, error = self.expert_group, None
+        if dist.get_rank(group.replicas) == 0:
+            try:
+                os.makedirs(os.path.join(folder, name), exist_ok=True)
+                part = move_to_cpu(take_experts(state))
+                write_part(part, os.path.join(folder, name), group.rank, group.size)
+            except (OSError, DiskFullError) as failure:
+                error = failure
+        failed = torch.tensor(float(error is not None), device=self.device)
+        dist.all_reduce(failed)
+        if failed:
+            if self.is_data_parallel_master:
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            raise CheckpointError(str(error or f"{folder}: another rank could not write there"))
+        self.stored_experts = {"folder": name, "parts": group.size}
+
+    def _full_state_dict(self):
+        state = super().state_dict()
+        state.pop("fsdp_metadata", None)  # of shards, of which none is written
+        names = self.model.original_names if self.is_fsdp else self._trained_names()
+        return state | {NAMES: names}
+
+    def state_dict(self):
+        state = self._full_state_dict()
+        if self.stored_experts is not None:
+            take_experts(state)
+            state[REFERENCE] = self.stored_experts
+        return state
+
+    def save_checkpoint(self, filename, extra_state):
+        if self.expert_group is not None and self.stored_experts is None:
+            # fairseq wants to keep the state of a rank that failed, without the others
+            logger.error(f"{filename}: not written, as a rank has no more than its own experts")
+            return None
+        if "train_iterator" in extra_state:
+            extra_state["train_iterator"][SHARDS] = self.data_parallel_world_size
+        return super().save_checkpoint(filename, extra_state)
+
+    def load_checkpoint(self, filename, *args, **kwargs):
+        """As fairseq's, after a training in any number of processes."""
+        self._agree_on(filename)
+        extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        if extra_state is not None:
+            # fairseq counts batches of one process, of which others have had as many
+            iterator, shards = extra_state["train_iterator"], self.data_parallel_world_size
+            batches = iterator["iterations_in_epoch"] * iterator.get(SHARDS, shards)
+            iterator["iterations_in_epoch"] = batches // shards
+        return extra_state
+
+    def from_first_rank(self, find, *args):
+        """What a function finds on the first rank, for all ranks."""
+        found = [None]
+        if self.data_parallel_rank == 0:
+            try:
+                found = [find(*args)]
+            except OneLineError as error:
+                found = [error]
+        if self.data_parallel_world_size > 1:
+            dist.broadcast_object_list(found, 0, device=self.device)
+        if isinstance(found[0], OneLineError):
+            raise found[0]
+        return found[0]
+
+    def _agree_on(self, filename):
+        """Raise an error where some ranks see a checkpoint that others do not."""
+        if self.data_parallel_world_size == 1:
+            return
+        exists = torch.zeros(self.data_parallel_world_size, device=self.device)
+        exists[self.data_parallel_rank] = os.path.isfile(filename)
+        dist.all_reduce(exists)
+        if 0 < exists.sum() < len(exists):
+            without = exists.logical_not().nonzero().flatten().tolist()
+            ranks = ", ".join(map(str, without))
+            raise CheckpointError(
+                f"{filename}: rank {ranks} cannot see it, others can; give a --save-dir that all "
+                "machines share"
+            )
+
+    # ----------------------------------------------------------------------------------
+    # ending
+
+    def begin_epoch(self, epoch):
+        self.stop_signal.listen()
+        super().begin_epoch(epoch)
+
+    def must_stop(self):
+        """Whether a process has been asked to stop, as all know since their last step."""
+        if self.data_parallel_world_size == 1:
+            return self.stop_signal.number > 0
+        return self.stops > 0
+
+    def _aggregate_logging_outputs(self, logging_outputs, *sums, ignore=False):
+        # goes along with what fairseq adds up over all processes in any case
+        asked = float(self.stop_signal.number > 0)
+        logging_outputs, (*sums, stops) = super()._aggregate_logging_outputs(
+            logging_outputs, *sums, asked, ignore=ignore
+        )
+        self.stops = int(stops)
+        return logging_outputs, sums
+
+    def valid_step(self, sample, raise_oom=False):
+        if self.must_stop():
+            raise StopTraining
+        return super().valid_step(sample, raise_oom)
+
+
+def check_options(cfg, group):
+    """What does not go together with experts that ranks share, or with shards.
+
+    Raises:
+        OptionError: names the options.
+    """
+    asked = getattr(cfg.model, "moe_expert_parallel_size", None)
+    backend = cfg.distributed_training.ddp_backend
+    if backend == "fully_sharded" and cfg.common.bf16:
+        raise OptionError("--bf16 with --ddp-backend fully_sharded: not possible; use --fp16")
+    if group is None:
+        if asked is not None and asked > 1:
+            raise OptionError(
+                f"--moe-expert-parallel-size {asked}: this training has 1 process, or no experts; "
+                f"start more, torchrun --nproc_per_node {asked}, or leave the option out"
+            )
+        return
+    shared = f"--moe-expert-parallel-size {group.size}"
+    if cfg.common.amp:
+        raise OptionError(f"--amp with {shared}: ranks may skip different updates; use --bf16")
+    if getattr(cfg.optimizer, "_name", None) == "adafactor":
+        raise OptionError(f"--optimizer adafactor with {shared}: not possible; use adam, or size 1")
+    if cfg.ema.store_ema:
+        raise OptionError(f"--store-ema with {shared}: not possible; give size 1")
+    if backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded"):
+        raise OptionError(
+            f"--ddp-backend {backend} with {shared}: expected legacy_ddp, pytorch_ddp or "
+            "fully_sharded, or size 1"
+        )
+
+
+def stop_and_save(cfg, trainer, epoch_itr):
+    """Save, and end all processes with the exit code that the signal would have given.
+
+    Raises:
+        SystemExit: always.
+    """
+    logger.info(f"asked to stop: saving, and ending after update {trainer.get_num_updates()}")
+    checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+    if dist.is_initialized():
+        dist.barrier()  # until the first rank has saved
+    sys.exit(128 + (trainer.stop_signal.number or signal.SIGTERM))

@@ -1,0 +1,1 @@
+"""What is registered with fairseq: model, task, criterion and their data."""

@@ -1,0 +1,45 @@
+"""Requested capacity of everything that passes through a model, per expert layer."""
+
+from fairseq_smoe.translation.layers import expert_layers
+
+
+class CapacityMeter:
+    """Counts passes in forward hooks on the expert layers of some models.
+
+    At generation the encoder's tokens are those of the source, the decoder's those of every beam
+    and step.
+
+    Attributes:
+        layers: ``{layer name: [sum of passes, number of tokens]}``
+        sentences: sentences counted by the caller.
+    """
+
+    def __init__(self, models):
+        self.layers = {}
+        self.sentences = 0
+        for model in models:
+            for name, layer in expert_layers(model):
+                sums = self.layers.setdefault(name, [0, 0])  # the models of an ensemble share it
+                layer.register_forward_hook(self._hook(sums))
+
+    def _hook(self, sums):
+        def count(layer, *_):
+            passes = layer.routing_stats.passes
+            sums[0] += passes.sum()
+            sums[1] += passes.gt(0).sum()
+
+        return count
+
+    def summary(self):
+        """Mean requested capacity per side and per layer, as plain numbers."""
+        layers = {name: _mean([sums]) for name, sums in self.layers.items()}
+        sides = {
+            side: _mean([sums for name, sums in self.layers.items() if name.startswith(side)])
+            for side in ("encoder", "decoder")
+        }
+        return {"sentences": self.sentences, **sides, "layers": layers}
+
+
+def _mean(sums):
+    tokens = int(sum(count for _, count in sums))
+    return float(sum(passes for passes, _ in sums)) / tokens if tokens else None

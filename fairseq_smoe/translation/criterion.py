@@ -1,0 +1,215 @@
+"""Label-smoothed cross entropy plus the losses that train the routing."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from fairseq import utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.logging import metrics
+
+from fairseq_smoe.errors import NonFiniteGateError, OptionError
+from fairseq_smoe.moe.gate import BALANCE_LOSS
+from fairseq_smoe.translation.layers import expert_layers
+from fairseq_smoe.translation.routing_metrics import GATE_METRICS, routing_metrics
+
+COMBINE_METHODS = ("average", "sum")
+GATE_LOSS = "gate_loss:"  # and the name of a loss: its sum among what a batch logs
+
+
+@dataclass
+class MoELabelSmoothedCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    moe_gate_loss_wt: float = field(
+        default=0.01, metadata={"help": "weight alpha of the balance loss"}
+    )
+    moe_gate_loss_combine_method: str = field(
+        default="average",
+        metadata={"help": "'average' or 'sum' the balance losses of the expert layers"},
+    )
+    cmr_gate_loss_wt: float = field(
+        default=0.01, metadata={"help": "with --moe-cmr: weight of the budget loss"}
+    )
+    cmr_gate_loss_p: float = field(
+        default=0.8,
+        metadata={"help": "with --moe-cmr: mean gate value (budget) the budget loss aims for"},
+    )
+
+
+@register_criterion(
+    "moe_label_smoothed_cross_entropy", dataclass=MoELabelSmoothedCrossEntropyConfig
+)
+class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
+    """Translation loss + alpha * balance loss (paper, section 3.2) + weight * |mean gate - p| (CMR).
+
+    What other losses a gate names are added with the weights that it gives, and logged by name.
+
+    The balance loss is a mean per gate, the translation loss a sum over tokens: it is multiplied
+    by the sample size, so that after fairseq's division by it the weight alpha remains.
+    A model without expert layers trains as with ``label_smoothed_cross_entropy``.
+    """
+
+    def __init__(
+        self,
+        task,
+        sentence_avg,
+        label_smoothing,
+        ignore_prefix_size=0,
+        report_accuracy=False,
+        moe_gate_loss_wt=0.01,
+        moe_gate_loss_combine_method="average",
+        cmr_gate_loss_wt=0.01,
+        cmr_gate_loss_p=0.8,
+    ):
+        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
+        if moe_gate_loss_combine_method not in COMBINE_METHODS:
+            raise OptionError(
+                f"--moe-gate-loss-combine-method {moe_gate_loss_combine_method}: "
+                f"expected {' or '.join(COMBINE_METHODS)}"
+            )
+        if not 0 <= cmr_gate_loss_p <= 1:
+            raise OptionError(f"--cmr-gate-loss-p {cmr_gate_loss_p}: expected a fraction, 0 to 1")
+        self.gate_loss_weight = moe_gate_loss_wt
+        self.average_gate_losses = moe_gate_loss_combine_method == "average"
+        self.budget_weight = cmr_gate_loss_wt
+        self.budget = cmr_gate_loss_p
+        self.directions = getattr(task, "lang_pairs", [])
+
+    def forward(self, model, sample, reduce=True):
+        """Loss of one batch.
+
+        Returns:
+            ``(loss, sample_size, logging_output)`` as every fairseq criterion; the loss is a
+            scalar, summed over tokens (over sentences with --sentence-avg).
+
+        Raises:
+            NonFiniteGateError: a gate produced NaN or infinity.
+        """
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        for name in ("direction_nll", "direction_ntokens"):
+            if name in sample:
+                values = sample.pop(name).unbind()  # fairseq may use a batch again
+                logging_output.update(
+                    {f"{name}_{pair}": value for pair, value in zip(self.directions, values)}
+                )
+        stats = take_routing_stats(model)
+        if not stats:
+            return loss, sample_size, logging_output
+        routing_loss = 0
+        for name, (weight, loss_L) in self._gate_losses(stats).items():
+            check_finite(loss_L, stats)
+            gate_loss = loss_L.mean() if self.average_gate_losses else loss_L.sum()
+            routing_loss = routing_loss + weight * gate_loss
+            logging_output[GATE_LOSS + name] = gate_loss.detach() * sample_size
+
+        gates = [s.shared_weight for s in stats.values() if s.shared_weight is not None]
+        if gates:
+            mean_gate = torch.cat(gates).sum() / max(sum(map(len, gates)), 1)
+            routing_loss = routing_loss + self.budget_weight * (mean_gate - self.budget).abs()
+            logging_output["cmr_gate_mean"] = mean_gate.detach() * sample_size
+        loss = loss + sample_size * routing_loss.to(loss.dtype)
+        logging_output["loss"] = loss.detach()
+        logging_output.update(routing_metrics(stats))
+        return loss, sample_size, logging_output
+
+    def _gate_losses(self, stats):
+        """``{name: (weight, (L,) the loss of every expert layer that has it)}``"""
+        weights, losses = {}, {}
+        for of_layer in stats.values():
+            weights |= of_layer.loss_weights
+            for name, loss in of_layer.losses.items():
+                losses.setdefault(name, []).append(loss.float())
+        weights[BALANCE_LOSS] = self.gate_loss_weight
+        return {name: (weights[name], torch.stack(of_layers)) for name, of_layers in losses.items()}
+
+    def compute_loss(self, model, net_output, sample, reduce=True):
+        """As the parent's; in validation also leaves each direction's sums in ``sample``."""
+        if "direction" in sample and not model.training:
+            lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
+            sample["direction_nll"], sample["direction_ntokens"] = nll_per_direction(
+                lprobs, target, sample["direction"], len(self.directions), self.padding_idx
+            )
+        return super().compute_loss(model, net_output, sample, reduce)
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs) -> None:
+        """Aggregate what the batches of all processes logged."""
+        super().reduce_metrics(logging_outputs)
+
+        def total(name):
+            return utils.item(sum(log.get(name, 0) for log in logging_outputs))
+
+        for name in sorted(set().union(*logging_outputs)):
+            if name.startswith("direction_nll_") and (
+                tokens := total(name.replace("_nll_", "_ntokens_", 1))
+            ):
+                pair = name[len("direction_nll_") :]
+                bits = total(name) / tokens / math.log(2)
+                metrics.log_scalar(f"nll_loss_{pair}", bits, tokens, priority=5000, round=3)
+        sample_size = total("sample_size")
+        for key in dict.fromkeys(key for log in logging_outputs for key in log):
+            if key.startswith(GATE_LOSS) or key == "cmr_gate_mean":
+                name = key.removeprefix(GATE_LOSS)
+                metrics.log_scalar(name, total(key) / (sample_size or 1), sample_size, round=3)
+        gates = total("routing_gates")
+        if gates:
+            for name in GATE_METRICS:
+                metrics.log_scalar(name, total(name) / gates, gates, round=2)
+        for side in ("encoder", "decoder"):
+            routed = total(f"{side}_routed")
+            if routed:
+                passes = total(f"{side}_passes")
+                metrics.log_scalar(f"{side}_requested_capacity", passes / routed, routed, round=3)
+
+
+def take_routing_stats(model):
+    """``{layer name: BlockStats}`` of the forward pass just made; the layers forget them, which
+    frees their graph."""
+    stats = {}
+    for name, layer in expert_layers(model):
+        if layer.routing_stats is not None:
+            name = name.replace("module.", "")  # of what wraps the model among several processes
+            stats[name], layer.routing_stats = layer.routing_stats, None
+    return stats
+
+
+def nll_per_direction(lprobs, target, direction_B, num_directions, padding_idx):
+    """Sum of -log p(target) and number of target tokens of every translation direction.
+
+    Args:
+        lprobs: (B * S, V) log-probabilities.
+        target: (B * S,) token ids.
+        direction_B: direction of each sentence.
+
+    Returns:
+        two (num_directions,) float tensors; nats and counts.
+    """
+    is_token = target.ne(padding_idx)
+    nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1) * is_token
+    direction = direction_B.repeat_interleave(len(target) // len(direction_B))
+    zeros = lprobs.new_zeros(num_directions)
+    return (
+        zeros.index_add(0, direction, nll),
+        zeros.index_add(0, direction, is_token.to(zeros.dtype)),
+    )
+
+
+def check_finite(balance, stats):
+    """Stop at the first NaN or infinity instead of routing by garbage.
+
+    Raises:
+        NonFiniteGateError: naming the layer and the stratum.
+    """
+    if torch.isfinite(balance).all():
+        return
+    for name, layer_stats in stats.items():
+        for i, record in enumerate(layer_stats.gates):
+            if not torch.isfinite(record.scores_TE).all():
+                raise NonFiniteGateError(
+                    f"{name}: the gate of stratum {i + 1} gave NaN or infinity; training stopped. "
+                    "Resume from the last checkpoint with a lower --lr, a longer "
+                    "--warmup-updates, or a --clip-norm"
+                )

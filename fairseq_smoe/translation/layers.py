@@ -1,0 +1,131 @@
+"""fairseq's transformer layers with an expert block in the place of the FFN sublayer."""
+
+from functools import partial
+
+from fairseq import utils
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fairseq_smoe.moe.doors import build_sublayer
+
+
+def build_expert_block(cfg, side):
+    """The expert block that the options ask for, at the sizes of ``side``."""
+    return build_sublayer(
+        getattr(cfg, side).embed_dim,
+        getattr(cfg, side).ffn_embed_dim,
+        cfg,
+        cfg.strata,
+        cfg.expert_group,
+        dropout=cfg.dropout,
+        activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+        activation_fn=utils.get_activation_fn(cfg.activation_fn),
+    )
+
+
+class _NoFFN(nn.Module):
+    """Makes the parent's FFN sublayer add nothing, so that its forward ends after attention."""
+
+    def forward(self, x):
+        return x.new_zeros(())
+
+
+class ExpertLayerMixin:
+    """Replaces the FFN sublayer of a fairseq transformer layer by an expert block.
+
+    ``routing_stats`` holds the :class:`~fairseq_smoe.moe.block.BlockStats` of the last forward
+    pass, because fairseq's decoder drops what a layer returns beyond its three values. The reader
+    resets it to None.
+    """
+
+    def build_fc1(self, *_):
+        return _NoFFN()
+
+    def build_fc2(self, *_):
+        return nn.Identity()
+
+    def add_expert_block(self, cfg, side):
+        self.final_layer_norm = nn.Identity()  # the block owns its LayerNorms
+        self.expert_block = build_expert_block(cfg, side)
+        self.expert_group = cfg.expert_group
+        self.checkpoint_activations = cfg.checkpoint_activations
+        self.routing_stats = None
+
+    @property
+    def routed_block(self):
+        """The :class:`~fairseq_smoe.moe.block.SMoEBlock` inside of what is arranged around it."""
+        block = self.expert_block
+        while hasattr(block, "block"):
+            block = block.block
+        return block
+
+    def maybe_checkpointed(self, function):
+        """``function``, recomputed in backward under --checkpoint-activations.
+
+        fairseq's own wrapper runs the forward pass without gradients and so would lose that of
+        the balance loss, which is no return value of the layer; torch's keeps it.
+        """
+        if self.checkpoint_activations and self.training:
+            return partial(checkpoint, function, use_reentrant=False)
+        return function
+
+    def apply_experts(self, x, padding_mask):
+        """(S, B, D) -> (S, B, D) and statistics. Tokens are taken sentence by sentence, so that
+        capacity goes to them in that order."""
+        y, stats = self.expert_block(x.transpose(0, 1), padding_mask)
+        return y.transpose(0, 1), stats
+
+
+class SMoEEncoderLayer(ExpertLayerMixin, TransformerEncoderLayerBase):
+    """Encoder layer: fairseq's self-attention sublayer, then an expert block."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.add_expert_block(cfg, "encoder")
+
+    def forward(self, x, encoder_padding_mask, attn_mask=None):
+        run = self.maybe_checkpointed(self._forward)
+        x, self.routing_stats = run(x, encoder_padding_mask, attn_mask)
+        return x
+
+    def _forward(self, x, encoder_padding_mask, attn_mask):
+        x = super().forward(x, encoder_padding_mask, attn_mask)
+        return self.apply_experts(x, encoder_padding_mask)
+
+
+class SMoEDecoderLayer(ExpertLayerMixin, TransformerDecoderLayerBase):
+    """Decoder layer: fairseq's attention sublayers, then an expert block."""
+
+    def __init__(self, cfg, no_encoder_attn=False):
+        super().__init__(cfg, no_encoder_attn)
+        self.add_expert_block(cfg, "decoder")
+
+    def forward(self, x, *args, self_attn_padding_mask=None, **kwargs):
+        run = self.maybe_checkpointed(self._forward)
+        x, attn, self.routing_stats = run(x, self_attn_padding_mask, *args, **kwargs)
+        return x, attn, None
+
+    def _forward(self, x, padding_mask, *args, **kwargs):
+        x, attn, _ = super().forward(x, *args, self_attn_padding_mask=padding_mask, **kwargs)
+        x, stats = self.apply_experts(x, padding_mask)
+        return x, attn, stats
+
+
+def expert_layers(model):
+    """``(name, layer)`` of every expert layer in ``model``, encoder first."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, ExpertLayerMixin)
+    ]
+
+
+def find_expert_group(model):
+    """The :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that holds a model's experts; None where
+    this process holds all."""
+    groups = [layer.expert_group for _, layer in expert_layers(model)]
+    return groups[0] if groups else None

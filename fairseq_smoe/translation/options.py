@@ -1,0 +1,266 @@
+"""Every option of the model, with its help text and its checks, in one place."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer.transformer_config import (
+    DecoderConfig,
+    EncDecBaseConfig,
+    QuantNoiseConfig,
+)
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.moe.block import NORMS
+from fairseq_smoe.moe.doors import all_kinds, check_kinds, named_kinds
+from fairseq_smoe.moe.expert_group import default_group_size
+from fairseq_smoe.moe.kind import option
+from fairseq_smoe.moe.strata import format_strata, parse_strata
+
+DEFAULT_STRATA = "4-4"
+GROUPED_MULTIPLE = 8  # 16 bytes of half precision
+_WIDTHS = tuple(
+    f"{side}_{width}" for side in ("encoder", "decoder") for width in ("embed_dim", "ffn_embed_dim")
+)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+@dataclass
+class LayerOptions(FairseqDataclass):
+    """Options that choose the expert layers, whatever their gates and experts are."""
+
+    smoe_strata: Optional[str] = option(
+        None,
+        "experts of each stratum, first to last, e.g. 4-4-8; a single number is a vanilla MoE "
+        f"(default: {DEFAULT_STRATA})",
+    )
+    moe_expert_count: Optional[int] = option(
+        None, "experts of a vanilla MoE: the same as --smoe-strata with a single number"
+    )
+    moe_freq: int = option(
+        2, "every Nth layer of encoder and decoder is an expert layer; 0 for a dense model"
+    )
+    encoder_moe_freq: Optional[int] = option(None, "overrides --moe-freq in the encoder")
+    decoder_moe_freq: Optional[int] = option(None, "overrides --moe-freq in the decoder")
+    moe_eom: float = option(
+        0.0, "expert output masking: fraction of expert outputs zeroed in training"
+    )
+    moe_gate: str = option(
+        "top-k",
+        f"who decides which experts a token visits: {', '.join(named_kinds('--moe-gate'))}, or "
+        "module:Class for a gate of your own (docs/extend.md)",
+    )
+    moe_experts: str = option(
+        "ffn",
+        f"what the experts are: {', '.join(named_kinds('--moe-experts'))}, or module:Class for a "
+        "kind of your own",
+    )
+    moe_arrangement: Optional[str] = option(
+        None,
+        "what stands around the blocks, joined by commas: "
+        f"{', '.join(named_kinds('--moe-arrangement'))} (which have flags of their own, too), or "
+        "module:Class (default: nothing)",
+    )
+    smoe_norm: str = option(
+        "paper",
+        "'paper' follows the paper's equations; 'released' computes what the authors' code does",
+    )
+    moe_expert_parallel_size: Optional[int] = option(
+        None,
+        "processes that share the experts, each holding a part of them; it divides the number of "
+        "processes and that of experts. 1: every process holds all (default: the greatest that "
+        "divides the processes and every stratum)",
+    )
+    moe_gating_use_fp32: bool = option(
+        True, "kept for old command lines: gates compute in float32 in any case"
+    )
+    post_norm: bool = option(
+        False, "LayerNorm behind the residual instead of before the sublayer; dense models only"
+    )
+
+
+def _kind_fields():
+    """The options of all gates, kinds of experts and arrangements.
+
+    Raises:
+        OptionError: one of the user's own has an option that is taken.
+    """
+    owners = {f.name: "this model" for f in fields(LayerOptions)}
+    owners |= {name: "fairseq's transformer" for name, *_ in _flat_transformer_fields()}
+    for kind in all_kinds():
+        for f in fields(kind.Options):
+            owner = owners.setdefault(f.name, kind.Options)
+            if owner is not kind.Options:
+                raise OptionError(
+                    f"{kind.Options.__module__}:{kind.Options.__name__}: {_flag(f.name)} is an "
+                    f"option of {getattr(owner, '__name__', owner)} already; rename the field"
+                )
+            yield f.name, f.type, field(default=f.default, metadata=dict(f.metadata))
+
+
+def _flat_transformer_fields():
+    """fairseq's TransformerConfig without nesting: ``encoder.layers`` becomes ``encoder_layers``.
+
+    The installed fairseq ignores command-line values of nested model options.
+    """
+    nested = {
+        "encoder": EncDecBaseConfig,
+        "decoder": DecoderConfig,
+        "quant_noise": QuantNoiseConfig,
+    }
+    # the decoder follows the encoder's sizes unless told otherwise
+    defaults = {
+        "encoder_normalize_before": True,
+        "decoder_normalize_before": True,
+        "share_all_embeddings": True,
+        "decoder_embed_dim": None,
+        "decoder_ffn_embed_dim": None,
+    }
+    derived = {"decoder_input_dim", "decoder_output_dim"}
+    for outer in fields(TransformerConfig):
+        config = nested.get(outer.name)
+        for inner in fields(config) if config else [outer]:
+            name = f"{outer.name}_{inner.name}" if config else inner.name
+            if inner.name == "_name" or name in derived:
+                continue
+            kind = Optional[int] if name in defaults and defaults[name] is None else inner.type
+            default = defaults.get(name, inner.default)
+            yield name, kind, field(default=default, metadata=dict(inner.metadata))
+
+
+FlatTransformerOptions = make_dataclass(
+    "FlatTransformerOptions", list(_flat_transformer_fields()), bases=(FairseqDataclass,)
+)
+
+
+RoutingOptions = make_dataclass(
+    "RoutingOptions", list(dict((f[0], f) for f in _kind_fields()).values()), bases=(LayerOptions,)
+)
+
+
+@dataclass
+class SMoETransformerOptions(RoutingOptions, FlatTransformerOptions):
+    """All options of ``--arch smoe_transformer``."""
+
+
+def expert_layer_period(options, side):
+    """N when every Nth layer of ``side`` ("encoder" or "decoder") is an expert layer, else 0."""
+    own = getattr(options, f"{side}_moe_freq")
+    return options.moe_freq if own is None else own
+
+
+def is_expert_layer(options, side, index):
+    """Whether layer ``index`` (from 0) of ``side`` is an expert layer."""
+    period = expert_layer_period(options, side)
+    return period > 0 and (index + 1) % period == 0
+
+
+def expert_parallel_size(options, strata, num_processes):
+    """Processes that share the experts.
+
+    Raises:
+        OptionError: --moe-expert-parallel-size does not divide the processes.
+    """
+    size = options.moe_expert_parallel_size
+    if size is None:
+        return default_group_size(num_processes, strata)
+    if num_processes % size:
+        total = sum(strata)
+        fitting = [n for n in range(1, total + 1) if num_processes % n == total % n == 0]
+        raise OptionError(
+            f"--moe-expert-parallel-size {size}: does not divide the {num_processes} processes; "
+            f"expected one of {', '.join(map(str, fitting))}"
+        )
+    return size
+
+
+def resolve_strata(options):
+    """The stratum layout that the options ask for.
+
+    Raises:
+        OptionError: the layout does not parse or contradicts ``--moe-expert-count``.
+    """
+    count = options.moe_expert_count
+    if count is not None and count < 1:
+        raise OptionError(f"--moe-expert-count {count}: expected 1 or more experts")
+    if options.smoe_strata is None:
+        return (count,) if count is not None else parse_strata(DEFAULT_STRATA)
+    strata = parse_strata(options.smoe_strata)
+    if count is not None and count != sum(strata):
+        raise OptionError(
+            f"--moe-expert-count {count} contradicts --smoe-strata {options.smoe_strata}, "
+            f"which has {sum(strata)} experts: drop --moe-expert-count"
+        )
+    return strata
+
+
+def check_options(options):
+    """Check everything that can be checked before a model is built.
+
+    Returns:
+        The strata, or None for a dense model.
+
+    Raises:
+        OptionError: names the flag, the value and what would be right.
+    """
+    strata = resolve_strata(options)
+    check_kinds(options, strata)
+    if options.smoe_norm not in NORMS:
+        raise OptionError(f"--smoe-norm {options.smoe_norm}: expected {' or '.join(NORMS)}")
+    if not 0 <= options.moe_eom < 1:
+        raise OptionError(
+            f"--moe-eom {options.moe_eom}: expected a fraction from 0 up to, but not, 1"
+        )
+    if options.moe_expert_backend == "grouped_mm":
+        for name in _WIDTHS:
+            value = getattr(options, name)
+            if value is not None and value % GROUPED_MULTIPLE:
+                raise OptionError(
+                    f"--moe-expert-backend grouped_mm with {_flag(name)} {value}: expected a "
+                    f"multiple of {GROUPED_MULTIPLE}, or another backend"
+                )
+    size = options.moe_expert_parallel_size
+    if size is not None and (size < 1 or sum(strata) % size):
+        raise OptionError(
+            f"--moe-expert-parallel-size {size}: expected a divisor of the {sum(strata)} experts of "
+            f"--smoe-strata {format_strata(strata)}"
+        )
+    for name in ("moe_freq", "encoder_moe_freq", "decoder_moe_freq"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise OptionError(f"{_flag(name)} {value}: expected 0 (dense) or more")
+    post_norm = options.post_norm or not (
+        options.encoder_normalize_before and options.decoder_normalize_before
+    )
+
+    if _count_expert_layers(options) == 0:
+        wants_experts = options.smoe_strata is not None or options.moe_expert_count is not None
+        if (
+            wants_experts
+            or expert_layer_period(options, "encoder")
+            or expert_layer_period(options, "decoder")
+        ):
+            raise OptionError(
+                f"--moe-freq {options.moe_freq} makes none of {options.encoder_layers}+"
+                f"{options.decoder_layers} layers an expert layer: lower it, or for a dense model "
+                "give --moe-freq 0 without --smoe-strata and --moe-expert-count"
+            )
+        return None
+    if post_norm:
+        raise OptionError(
+            f"--post-norm with --smoe-strata {format_strata(strata)}: a stratified block "
+            "normalises its own input; drop --post-norm, or use it with --moe-freq 0"
+        )
+    return strata
+
+
+def _count_expert_layers(options):
+    return sum(
+        is_expert_layer(options, side, index)
+        for side in ("encoder", "decoder")
+        for index in range(getattr(options, f"{side}_layers"))
+    )

@@ -1,0 +1,55 @@
+"""Gates, kinds of experts and arrangements of the user's own: importing what a command line names.
+
+Only a command line does that. A checkpoint names classes too, in the options of its model, but what
+comes from elsewhere must not decide which code runs here.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.moe.doors import DOORS
+
+MODULES_HELP = (
+    "modules with gates, experts or arrangements of your own, joined by commas, which a checkpoint "
+    "needs; they are looked for in the current folder, too. For modules that you trust: they run"
+)
+
+
+def import_named_modules(words):
+    """Import the modules that ``--moe-modules`` and, as ``module:Class``, the flags of
+    :data:`~fairseq_smoe.moe.doors.DOORS` name.
+
+    Args:
+        words: of a command line; others are passed over.
+
+    Raises:
+        OptionError: a module cannot be imported.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--moe-modules", action="append", nargs="?", default=[])
+    for flag in DOORS:
+        parser.add_argument(flag, action="append", nargs="?", default=[], dest=flag)
+    given = vars(parser.parse_known_args(words)[0])
+    for flag, values in given.items():
+        for name in ",".join(filter(None, values)).split(","):
+            module, colon, _ = name.partition(":")
+            if flag == "moe_modules" and name:
+                _import("--moe-modules", name)
+            elif colon:
+                _import(flag, module)
+
+
+def _import(flag, name):
+    sys.path.insert(0, os.getcwd())  # which the path of an installed command lacks
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise OptionError(
+            f"{flag} {name}: cannot be imported ({error}); give a module in this folder, or one "
+            "that is installed or on PYTHONPATH"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())

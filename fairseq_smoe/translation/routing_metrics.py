@@ -1,0 +1,82 @@
+"""What a user can see of the routing: numbers per batch, averaged by fairseq's loggers.
+
+Every number is an average over *all* gates of all expert layers that saw tokens.
+"""
+
+import math
+
+import torch
+
+# fairseq's progress line, JSON log and TensorBoard show these under their names
+GATE_METRICS = (
+    "overflow_expert1",  # percent of first choices that found their expert full
+    "overflow_expert2",  # percent of all other choices that did
+    "entropy_gating",  # nats; log(E) when a gate does not distinguish its E experts
+    "expert1_balance_top",  # percent of first choices on the busiest fifth of the experts
+    "expert1_balance_bottom",  # percent on the idlest fifth
+    "unused_expert1_count",  # experts that were no token's first choice
+)
+
+
+def gate_metrics(record):
+    """The :data:`GATE_METRICS` of one gate.
+
+    Args:
+        record: :class:`~fairseq_smoe.moe.block.GateRecord`
+
+    Returns:
+        (6,) float32, without gradient and without waiting for the device; zeros of a gate that saw
+        no token.
+    """
+    scores_TE, first_T = record.scores_TE.float(), record.best_T
+    num_tokens, num_experts = scores_TE.shape
+    here_T = scores_TE.new_ones(num_tokens) if record.here_T is None else record.here_T.float()
+    num_here = here_T.sum()
+    share_T = here_T / num_here.clamp(min=1)
+    percent_E = scores_TE.new_zeros(num_experts).index_add(0, first_T, 100 * share_T)
+    percent_E = percent_E.sort(descending=True).values
+    fifth = math.ceil(num_experts / 5)
+    overflow = [scores_TE.new_zeros(())] * 2
+    if record.kept_C is not None:
+        is_first_C = record.expert_C == first_T[record.token_C]
+        here_C = here_T[record.token_C]
+        overflow = [
+            _percent(here_C * rank_C, record.kept_C.logical_not())
+            for rank_C in (is_first_C, is_first_C.logical_not())
+        ]
+    return (num_here > 0) * torch.stack(
+        [
+            *overflow,
+            (torch.special.entr(scores_TE).sum(dim=1) * share_T).sum(),
+            percent_E[:fifth].sum(),
+            percent_E[-fifth:].sum(),
+            (percent_E == 0).sum().float(),
+        ]
+    )
+
+
+def _percent(of_C, which_C):
+    """Percent of the choices that ``of_C`` weighs that are ``which_C``; 0 of none."""
+    return 100 * (of_C * which_C).sum() / of_C.sum().clamp(min=1)
+
+
+def routing_metrics(stats_by_layer):
+    """Sums and counts of one batch, ready to be added over batches and processes.
+
+    Args:
+        stats_by_layer: ``{layer name: BlockStats}``; names start with ``encoder.`` or ``decoder.``
+
+    Returns:
+        dict of tensors and numbers: ``routing_gates`` (how many gates saw tokens), one sum over
+        those gates per name in :data:`GATE_METRICS`, and for both sides ``<side>_passes`` (sum of
+        requested capacity) and ``<side>_routed`` (number of tokens times layers).
+    """
+    gates = [record for stats in stats_by_layer.values() for record in stats.gates]
+    sums = sum((gate_metrics(record) for record in gates), torch.zeros(()))
+    seen = sum(torch.as_tensor(record.num_tokens) > 0 for record in gates)
+    result = {"routing_gates": seen, **dict(zip(GATE_METRICS, sums.unbind()))}
+    for side in ("encoder", "decoder"):
+        passes = [s.passes for name, s in stats_by_layer.items() if side in name.split(".")]
+        result[f"{side}_passes"] = sum((p.sum().float() for p in passes), torch.zeros(()))
+        result[f"{side}_routed"] = sum((p.gt(0).sum().float() for p in passes), torch.zeros(()))
+    return result

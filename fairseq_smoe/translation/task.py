@@ -1,0 +1,204 @@
+"""``smoe_translation``: many-to-many translation, per-direction scores, routing statistics."""
+
+import json
+import os
+
+import torch
+import torch.distributed as dist
+from fairseq import utils
+from fairseq.tasks import register_task
+from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.files import write_whole
+from fairseq_smoe.translation import validation_bleu
+from fairseq_smoe.translation.capacity_meter import CapacityMeter
+from fairseq_smoe.translation.data_manager import DirectionDataManager, all_directions
+from fairseq_smoe.translation.layers import expert_layers
+from fairseq_smoe.translation.memory import keep_freed_memory
+from fairseq_smoe.translation.own_modules import MODULES_HELP
+from fairseq_smoe.translation.task_files import LANGS_FILE
+
+
+@register_task("smoe_translation")
+class SMoETranslationTask(TranslationMultiSimpleEpochTask):
+    """Many-to-many translation on top of ``translation_multi_simple_epoch``.
+
+    By default the target language's token stands in front of the source (paper, section 4.3) and
+    of the target, and directions are sampled by temperature 1, i.e. by size. Without --lang-pairs,
+    both directions of all pairs in the data folder are trained. The languages are read from
+    ``langs.txt`` there where neither --langs nor --lang-dict is given, so that training and
+    translation agree on the vocabulary.
+    """
+
+    @staticmethod
+    def add_args(parser):
+        TranslationMultiSimpleEpochTask.add_args(parser)
+        parser.set_defaults(
+            encoder_langtok="tgt",
+            decoder_langtok=True,
+            sampling_method="temperature",
+            sampling_temperature=1.0,
+        )
+        parser.add_argument(
+            "--no-decoder-langtok",
+            dest="decoder_langtok",
+            action="store_false",
+            help="put no language token in front of the target",
+        )
+        parser.add_argument(
+            "--distributed-timeout",
+            type=int,
+            default=600,
+            metavar="SECONDS",
+            help="how long a process waits for another before the training ends with an error that "
+            "names the lost ones (default: %(default)s)",
+        )
+        parser.add_argument("--moe-modules", metavar="MODULE,...", help=MODULES_HELP)
+        parser.add_argument(
+            "--restore-fallback",
+            action="store_true",
+            help="where the checkpoint to go on from is damaged, go on from the newest one in its "
+            "folder that is whole",
+        )
+        parser.add_argument(
+            "--requested-capacity-file",
+            metavar="FILE",
+            help="at generation: keep the mean requested capacity of encoder and decoder, per "
+            "expert layer, in FILE (JSON)",
+        )
+        validation_bleu.add_arguments(parser)
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        complete_languages(args)
+        return cls(args, *DirectionDataManager.prepare(cls.load_dictionary, args, **kwargs))
+
+    def __init__(self, args, langs, dicts, training):
+        super().__init__(args, langs, dicts, training)
+        self.data_manager = DirectionDataManager(
+            args, self.lang_pairs, langs, dicts, self.sampling_method
+        )
+        self.capacity_meter = None
+        self.validation_bleu = None
+        self.gathered_experts = []  # until the training goes on
+        if training and (getattr(args, "cpu", False) or not torch.cuda.is_available()):
+            keep_freed_memory()
+        if training and getattr(args, "eval_bleu", False):
+            self.validation_bleu = validation_bleu.ValidationBLEU(
+                args, self.lang_pairs, self.target_dictionary, self.data_manager
+            )
+
+    def build_model(self, args, from_checkpoint=False):
+        # to translate or to validate, processes do not keep step, and cannot share experts
+        self.trains_in_step = not from_checkpoint
+        return super().build_model(args, from_checkpoint)
+
+    def train_step(self, sample, model, *args, **kwargs):
+        while self.gathered_experts:
+            self.gathered_experts.pop().release()
+        try:
+            return super().train_step(sample, model, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if not any(layer.routed_block.experts.exchanges for _, layer in expert_layers(model)):
+                raise  # fairseq leaves the batch out
+            raise OptionError(
+                f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, "
+                "and the others wait for its experts; give fewer"
+            ) from error
+
+    def begin_valid_epoch(self, epoch, model):
+        super().begin_valid_epoch(epoch, model)
+        if self.validation_bleu is not None:
+            # translations take as many steps as their sentences need, other ranks' not as many
+            for _, layer in expert_layers(model):
+                layer.routed_block.experts.gather()
+                self.gathered_experts.append(layer.routed_block.experts)
+
+    def valid_step(self, sample, model, criterion):
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        if self.validation_bleu is not None:
+            statistics = self.validation_bleu.statistics(sample, model)
+            logging_output[validation_bleu.STATISTICS] = statistics
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        if self.validation_bleu is not None:
+            self.validation_bleu.log(logging_outputs)
+
+    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
+        if self.args.target_lang is None:
+            raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
+        self.capacity_meter = CapacityMeter(models)
+        return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
+
+    def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        hypotheses = super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        self._report_capacity(len(hypotheses))
+        return hypotheses
+
+    def _report_capacity(self, num_sentences):
+        meter, path = self.capacity_meter, getattr(self.args, "requested_capacity_file", None)
+        meter.sentences += num_sentences
+        if path:
+            # rewritten after every batch: fairseq tells a task of no last one
+            facts = {"direction": self.lang_pairs[0], **meter.summary()}
+            write_whole(path, json.dumps(facts, indent=1))
+
+
+def complete_languages(args):
+    """Fill in ``args.lang_pairs`` and the list of languages, and check that they fit together.
+
+    Raises:
+        OptionError: a language is missing or the data folder does not exist.
+    """
+    folder = utils.split_paths(args.data)[0]
+    if not os.path.isdir(folder):
+        raise OptionError(f"{folder}: no such data folder; give the output of prepare")
+    if args.source_lang and args.target_lang and args.lang_pairs is None:
+        args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
+    if args.lang_pairs is None:
+        args.lang_pairs = ",".join(
+            all_directions(args.data, getattr(args, "train_subset", None) or "train")
+        )
+    if not args.lang_pairs:
+        raise OptionError(
+            f"{folder}: holds no training files; give the output of prepare or fairseq-preprocess, "
+            "or directions with --lang-pairs"
+        )
+    listed_in = f"--lang-dict {args.lang_dict}"
+    if args.langs:
+        listed_in = f"--langs {','.join(args.langs)}"
+    elif args.lang_dict is None:
+        langs_file = os.path.join(folder, LANGS_FILE)
+        if os.path.exists(langs_file):
+            listed_in = f"--langs (from {langs_file})"
+            # the list itself: it goes into the checkpoint, and the data may move
+            args.langs = read_languages(langs_file)
+    langs = args.langs or (read_languages(args.lang_dict) if args.lang_dict else None)
+    pairs = args.lang_pairs.split(",") if isinstance(args.lang_pairs, str) else args.lang_pairs
+    if bool(args.source_lang) != bool(args.target_lang):
+        missing = "--target-lang" if args.source_lang else "--source-lang"
+        raise OptionError(f"{missing}: give both --source-lang and --target-lang to translate")
+    if args.source_lang:
+        pairs = [f"{args.source_lang}-{args.target_lang}"]
+    for pair in pairs:
+        if pair.count("-") != 1:
+            raise OptionError(
+                f"--lang-pairs {pair}: expected source and target joined by one hyphen, e.g. en-de"
+            )
+        for lang in pair.split("-"):
+            if langs is not None and lang not in langs:
+                raise OptionError(
+                    f"{listed_in}: {lang} is missing, which {pair} needs; list every language "
+                    "of the training, in the same order"
+                )
+
+
+def read_languages(path):
+    """The languages listed in a file, one a line."""
+    if not os.path.exists(path):
+        raise OptionError(f"--lang-dict {path}: no such file; list one language a line in it")
+    with open(path, encoding="utf-8") as handle:
+        return [line.strip() for line in handle if line.strip()]

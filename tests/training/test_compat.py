@@ -1,0 +1,142 @@
+"""Every repair in compat.py is needed, and works. Those that show only in a whole training have
+their tests in test_cli_resume.py (two processes) and test_cli_training.py (precisions)."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import toy_task
+from fairseq.data import data_utils
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
+
+import fairseq_smoe
+from fairseq_smoe.errors import NonFiniteGateError, OptionError
+
+fairseq_smoe.register()
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fairseq counts GPUs itself")
+def test_torchrun_decides_the_number_of_processes_on_a_cpu(under_torchrun):
+    cfg = OmegaConf.structured(FairseqConfig).distributed_training
+    assert cfg.distributed_world_size <= 1
+    distributed_utils.infer_init_method(cfg)
+    assert (cfg.distributed_world_size, cfg.distributed_rank) == (2, 1)
+    assert cfg.distributed_init_method == "env://"
+    assert cfg.distributed_backend == "gloo"
+    assert cfg.distributed_no_spawn
+
+
+def test_a_single_process_stays_single():
+    cfg = OmegaConf.structured(FairseqConfig).distributed_training
+    before = cfg.distributed_world_size
+    distributed_utils.infer_init_method(cfg)
+    assert cfg.distributed_world_size == before
+    assert cfg.distributed_init_method is None or torch.cuda.device_count() > 1
+
+
+def test_ddp_gets_no_gpu_for_a_model_on_the_cpu(tmp_path, monkeypatch):
+    """As fairseq calls it for --ddp-backend pytorch_ddp."""
+    from fairseq.models import distributed_fairseq_model
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch.distributed puts its own there
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = distributed_fairseq_model.DistributedDataParallel(
+            torch.nn.Linear(2, 2), device_ids=[0], output_device=0
+        )
+        assert wrapped.device_ids is None
+        wrapped(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(ValueError, match="device_ids"):
+            torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2), device_ids=[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------
+# errors in one line
+
+
+def printed_at_the_end_by(error, capsys):
+    sys.excepthook(type(error), error, error.__traceback__)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [OptionError, NonFiniteGateError])
+def test_user_errors_are_printed_in_one_line(kind, capsys):
+    assert (
+        printed_at_the_end_by(kind("--flag 3: too much"), capsys) == "error: --flag 3: too much\n"
+    )
+
+
+def test_user_errors_are_found_inside_those_of_fairseq(capsys):
+    try:
+        try:
+            raise OptionError("--flag 3: too much")
+        except OptionError as error:
+            raise RuntimeError("Cannot load model parameters") from error
+    except RuntimeError as wrapped:
+        assert printed_at_the_end_by(wrapped, capsys) == "error: --flag 3: too much\n"
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    try:
+        raise ValueError("a mistake in the program")
+    except ValueError as error:
+        printed = printed_at_the_end_by(error, capsys)
+    assert "Traceback" in printed and "a mistake in the program" in printed
+
+
+def test_repairs_are_applied_once_however_often_the_plugin_is_registered():
+    hook, infer = sys.excepthook, distributed_utils.infer_init_method
+    fairseq_smoe.register()
+    assert sys.excepthook is hook and distributed_utils.infer_init_method is infer
+
+
+@pytest.mark.parametrize("num_sentences", [1, 7, 13, 100])
+@pytest.mark.parametrize("max_tokens", [40, 1000])
+def test_every_sentence_is_in_a_batch(num_sentences, max_tokens):
+    indices = np.random.default_rng(0).permutation(num_sentences)
+    lengths = indices % 9 + 3
+    batches = data_utils.batch_by_size(
+        indices,
+        num_tokens_fn=None,
+        num_tokens_vec=lengths,
+        max_tokens=max_tokens,
+        required_batch_size_multiple=8,
+    )
+    assert np.concatenate(batches).tolist() == indices.tolist()
+
+
+def test_fairseq_leaves_out_sentences_without_the_repair():
+    stock = data_utils.batch_by_size.__wrapped__
+    lengths = np.full(13, 5)
+    batches = stock(np.arange(13), None, lengths, 1000, required_batch_size_multiple=8)
+    assert sum(map(len, batches)) == 8
+
+
+def test_the_log_file_has_every_record_once(data, tmp_path):
+    outcome = toy_task.train(
+        data,
+        tmp_path,
+        max_update=20,
+        validate_interval_updates=5,
+        log_interval=1,
+        log_file=tmp_path / "log",
+        no_save=True,
+    )
+    assert len(outcome.log("valid")) >= 4
+    records = [n for n in (tmp_path / "log").read_text().splitlines() if n.startswith("{")]
+    assert len(records) >= 24
+    assert len(set(records)) == len(records)

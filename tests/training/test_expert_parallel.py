@@ -1,0 +1,248 @@
+"""Trainings whose experts are shared by processes, by the real commands: against one process,
+and their checkpoints under other numbers of processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import toy_task
+from toy_task import run, train_command
+
+# without anything random: the same batches then give the same losses in any number of processes.
+# Not Adam, which divides by the gradient's size, also where it is mere rounding
+EXACT = {
+    "dropout": 0,
+    "moe_second_expert_policy": "all",
+    "moe_capacity_factor": 0,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "lr": 0.02,
+    "lr_scheduler": "fixed",
+    "warmup_updates": None,
+    "total_num_update": None,
+    "clip_norm": 0.5,
+    "max_tokens": 700,  # an epoch of 50 batches: the last update of four has two
+    "log_interval": 1,
+    "max_update": 20,
+    # rounding may send a token that stands between two experts another way; with this seed, none
+    "seed": 2,
+}
+
+
+# in shards; with 1, every layer by itself
+SHARDED = {"ddp_backend": "fully_sharded", "min_params_to_wrap": 1}
+EXACT_LOGS = toy_task.REPOSITORY / "tests" / "exact_logs.py"
+
+
+def train(data, folder, processes, *model, check=True, **options):
+    """fairseq-train with exact logs, in one process or under torchrun."""
+    arguments = train_command(data, folder, *model, **{**EXACT, **options})[1:]
+    start = ["python"]
+    if processes > 1:
+        start = ["torchrun", "--standalone", "--nproc_per_node", processes]
+    return run(*start, EXACT_LOGS, "train", *arguments, check=check)
+
+
+def losses(outcome):
+    found = {int(r["num_updates"]): r["loss"] for r in outcome.log("train_inner")}
+    assert found, outcome.tail()
+    return found
+
+
+def merged(folder):
+    """The last checkpoint in one piece, made by the command that users have."""
+    whole = folder / "whole.pt"
+    run("python", "-m", "fairseq_smoe", "checkpoint", "merge", folder / "checkpoint_last.pt", whole)
+    return torch.load(whole, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def alone(make_once, data):
+    """``alone(strata)``: one process that has the batches of four in an update."""
+
+    def trained(strata):
+        def make(folder):
+            outcome = train(data, folder, 1, "--smoe-strata", strata, update_freq=4)
+            (folder / "losses.json").write_text(json.dumps(losses(outcome)))
+
+        return make_once(f"alone-{strata}", make)
+
+    return trained
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "processes, size, strata, more",
+    [
+        (4, 4, "2-2-2-2", {}),
+        (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
+        slow(4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
+        slow(2, 2, "2-2-2-2", {"update_freq": 2}),
+        slow(2, 1, "2-2-2-2", {"update_freq": 2}),
+        (4, None, "4-4", {"ddp_backend": "legacy_ddp"}),  # 4 share the experts by default
+        slow(4, 2, "4-4", {"ddp_backend": "legacy_ddp"}),
+        slow(4, 1, "4-4", {}),
+        (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
+        slow(2, 1, "4-4", {"update_freq": 2}),
+        slow(4, 2, "2-2-2-2", SHARDED),
+        slow(4, 4, "4-4", {**SHARDED, "min_params_to_wrap": None}),
+        slow(2, 2, "4-4", {**SHARDED, "update_freq": 2, "checkpoint_activations": True}),
+        slow(2, 1, "2-2-2-2", {**SHARDED, "update_freq": 2}),
+    ],
+)
+def test_processes_train_the_model_that_one_trains(
+    processes, size, strata, more, alone, data, tmp_path
+):
+    """20 updates over the end of an epoch, where some processes have no batch of their own, with
+    gradients clipped: losses, and all parameters."""
+    model = ("--smoe-strata", strata)
+    outcome = train(data, tmp_path, processes, *model, moe_expert_parallel_size=size, **more)
+    expected = json.loads((alone(strata) / "losses.json").read_text())
+    actual = losses(outcome)
+    assert actual == pytest.approx({int(n): v for n, v in expected.items()}, abs=1e-5)
+    reference = torch.load(alone(strata) / "checkpoint_last.pt", weights_only=False)["model"]
+    trained = merged(tmp_path)["model"]
+    assert trained.keys() == reference.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "more, sharding", [("fp16", {}), ("bf16", {}), ("eval_bleu", {}), slow("fp16", SHARDED)]
+)
+def test_half_precision_and_validation_bleu(more, sharding, alone, data, tmp_path):
+    """Processes that share experts train as one does, and it goes on with what they have left."""
+    # with a larger scale gradients overflow at first, to which fairseq has no answer on a CPU
+    model = ("--smoe-strata", "2-2-2-2", f"--{more.replace('_', '-')}", "--fp16-init-scale", "1")
+    outcome = train(data, tmp_path, 2, *model, update_freq=2, max_update=10, **sharding)
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert losses(outcome) == pytest.approx(
+        {n: expected[str(n)] for n in range(1, 11)}, rel=1e-5 if more == "eval_bleu" else 0.01
+    )
+    if more == "eval_bleu":
+        assert outcome.log("valid")[-1]["valid_bleu"] >= 0
+    outcome = train(data, tmp_path, 1, *model, update_freq=4, max_update=12)
+    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in (11, 12)}, rel=0.01)
+
+
+# --------------------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.fixture(scope="module")
+def by_four(make_once, data):
+    """10 updates by four processes, each with a fourth of the experts."""
+
+    model = ("--smoe-strata", "2-2-2-2", "--moe-expert-parallel-size", 4)
+
+    def make(folder):
+        outcome = train(data, folder, 4, *model, max_update=10)
+        (folder / "valid.json").write_text(json.dumps(outcome.log("valid")[-1]))
+
+    return make_once("by-four", make)
+
+
+def copy_of(folder, target):
+    shutil.copytree(folder, target)
+    return target
+
+
+@pytest.mark.parametrize("processes, size", [(2, 2), (2, 1), (1, None)])
+def test_another_number_of_processes_goes_on(processes, size, by_four, alone, data, tmp_path):
+    """The losses are those of an unbroken training of one process."""
+    folder = copy_of(by_four, tmp_path / "run")
+    outcome = train(
+        data,
+        folder,
+        processes,
+        *("--smoe-strata", "2-2-2-2"),
+        update_freq=4 // processes,
+        moe_expert_parallel_size=size,
+    )
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+    remaining = list(folder.glob("experts-*"))
+    assert len(remaining) == ((size or 1) > 1), "parts of checkpoints that are no more are removed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 1])
+def test_sharded_processes_go_on_and_one_after_them(size, by_four, alone, data, tmp_path):
+    folder = copy_of(by_four, tmp_path / "run")
+    model = ("--smoe-strata", "2-2-2-2")
+    more = {**SHARDED, "moe_expert_parallel_size": size}
+    found = losses(train(data, folder, 2, *model, update_freq=2, max_update=15, **more))
+    found |= losses(train(data, folder, 2, *model, update_freq=2, max_update=17, **more))
+    found |= losses(train(data, folder, 1, *model, update_freq=4))
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert found == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "processes, more, message",
+    [
+        (1, {}, "--ddp-backend fully_sharded: needs more than 1 process; leave it out"),
+        (2, {"bf16": True}, "--bf16 with --ddp-backend fully_sharded: not possible; use --fp16"),
+        slow(2, {"cpu_offload": True}, "--cpu-offload with --ddp-backend fully_sharded: not"),
+        slow(2, {"eval_bleu": True}, "--eval-bleu with --ddp-backend fully_sharded: not possible"),
+    ],
+)
+def test_what_does_not_go_together_with_shards(processes, more, message, data, tmp_path):
+    outcome = train(data, tmp_path, processes, check=False, **SHARDED, **more)
+    assert outcome.returncode == 1
+    lines = [line for line in outcome.stderr.splitlines() if "error: --" in line]
+    assert lines and all(f"error: {message}" in line for line in lines), outcome.tail()
+
+
+def test_adam_goes_on_the_same_way_with_shards(data, tmp_path):
+    """Losses, parameters, and what Adam keeps of each of them, in the checkpoint."""
+    options = {"optimizer": "adam", "lr": 1e-3, "momentum": None, "moe_expert_parallel_size": 2}
+
+    def train_on(folder, updates, **more):
+        model = ("--smoe-strata", "4-4")
+        return losses(train(data, folder, 2, *model, max_update=updates, **options, **more))
+
+    train_on(tmp_path / "plain", 3)
+    shutil.copytree(tmp_path / "plain", tmp_path / "sharded")
+    expected, found = train_on(tmp_path / "plain", 5), train_on(tmp_path / "sharded", 5, **SHARDED)
+    assert expected.keys() == {4, 5} and found == pytest.approx(expected, abs=1e-5)
+    plain, sharded = merged(tmp_path / "plain"), merged(tmp_path / "sharded")
+    assert sharded["trained_parameters"] == plain["trained_parameters"]
+    for state in (plain, sharded):
+        state |= state["last_optimizer_state"]
+    assert sharded["param_groups"] == plain["param_groups"]
+    for key in ("model", "state"):
+        torch.testing.assert_close(sharded[key], plain[key], rtol=0, atol=1e-6)
+
+
+def test_four_processes_go_on_with_what_one_has_written(alone, data, tmp_path):
+    model = ("--smoe-strata", "2-2-2-2")
+    train(data, tmp_path, 1, *model, update_freq=4, max_update=10)
+    outcome = train(data, tmp_path, 4, *model)
+    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
+    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+
+
+def test_validation_and_translation_by_one_process(by_four, data, tmp_path):
+    """Of the checkpoint of four, as it lies there, and of one file made of it."""
+    expected = json.loads((by_four / "valid.json").read_text())
+    whole = tmp_path / "whole.pt"
+    run(
+        "python", "-m", "fairseq_smoe", "checkpoint", "merge", by_four / "checkpoint_best.pt", whole
+    )
+    translations = []
+    for checkpoint in (by_four / "checkpoint_best.pt", whole):
+        outcome = run(
+            *("python", EXACT_LOGS, "validate", data),
+            *("--user-dir", "fairseq_smoe", "--task", "smoe_translation", "--cpu"),
+            *("--path", checkpoint, "--max-tokens", "700", "--log-format", "json"),
+            *("--lang-pairs", ",".join(toy_task.DIRECTIONS)),
+        )
+        (record,) = outcome.log("valid")
+        assert record["valid_loss"] == pytest.approx(expected["valid_loss"], abs=1e-6)
+        translations.append(toy_task.generate(data, checkpoint).sentences)
+    assert translations[0] == translations[1] and len(translations[0]) == 60
