@@ -54,6 +54,7 @@ EXTRAS = {
         "pytest",
         "pytest-xdist",  # two test processes at a time
         "hypothesis",
+        "import-linter",  # the contract about rooms
         "tensorboard",
     ],
 }

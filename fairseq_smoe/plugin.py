@@ -6,8 +6,8 @@ from fairseq_smoe.training import compat, hooks
 from fairseq_smoe.translation.own_modules import import_named_modules
 
 compat.apply()
-hooks.apply()
-# before the options of the model are put together, as fairseq adds those to its parser next
+# the options of gates and experts of the user's own are among the model's, which come next
 import_named_modules(sys.argv[1:])
+hooks.apply()
 
 from fairseq_smoe.translation import criterion, model, task  # noqa: E402,F401

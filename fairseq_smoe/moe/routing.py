@@ -79,6 +79,17 @@ def combine_weights(scores_TE, experts_KT, kept_KT=None):
     return weights_KT
 
 
+def mean_over(values_T, here_T=None):
+    """Mean over the tokens at a gate, 0 of none.
+
+    Args:
+        here_T: the tokens to count; None for all.
+    """
+    if here_T is None:
+        return values_T.sum() / max(len(values_T), 1)
+    return values_T.masked_fill(here_T.logical_not(), 0).sum() / here_T.sum().clamp(min=1)
+
+
 def balance_loss(scores_TE, first_T, here_T=None):
     """Load balance of one gate: E * sum over e of f_e * p_e (paper, section 3.2).
 

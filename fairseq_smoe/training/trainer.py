@@ -23,7 +23,8 @@ from fairseq_smoe.checkpoints.parts import (
 )
 from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError, OptionError
 from fairseq_smoe.training.stop_signal import StopSignal
-from fairseq_smoe.translation.layers import find_expert_group
+from fairseq_smoe.translation.criterion import MoELabelSmoothedCrossEntropy
+from fairseq_smoe.translation.layers import expert_layers, find_expert_group
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class SMoETrainer(Trainer):
 
     def __init__(self, cfg, task, model, criterion, quantizer=None):
         self.expert_group = find_expert_group(model)
+        warn_without_gate_losses(cfg, criterion, model)
         check_options(cfg, self.expert_group)
         # one entry in the optimizer's state for every parameter, whatever the precision: experts
         # are told from others, and a checkpoint is the same on a CPU, where flattening fails
@@ -242,6 +244,16 @@ class SMoETrainer(Trainer):
         if self.must_stop():
             raise StopTraining
         return super().valid_step(sample, raise_oom)
+
+
+def warn_without_gate_losses(cfg, criterion, model):
+    """Nothing else shows that the gates of a model are trained without their losses."""
+    if expert_layers(model) and not isinstance(criterion, MoELabelSmoothedCrossEntropy):
+        name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
+        logger.warning(
+            f"--criterion {name}: trains the gates without their balance loss, so that a few experts "
+            "may get all tokens; --criterion moe_label_smoothed_cross_entropy adds it"
+        )
 
 
 def check_options(cfg, group):

@@ -125,6 +125,14 @@ class DirectionDataManager(MultilingualDatasetManager):
             raise OptionError(self._explain_missing(missing[0], split, for_training, present))
         return {**data_paths, "main": os.pathsep.join(folders)}, {**lang_pairs, "main": found}
 
+    def check_files(self, split):
+        """Find out whether every direction has the files that it needs, which takes no time.
+
+        Raises:
+            OptionError: see :meth:`get_data_paths_and_lang_pairs`.
+        """
+        self.get_data_paths_and_lang_pairs(split)
+
     def _explain_missing(self, direction, split, for_training, present):
         option, remedy = f"--lang-pairs {direction}", "leave this direction out"
         if self.args.source_lang:

@@ -84,22 +84,25 @@ class LayerOptions(FairseqDataclass):
 
 
 def _kind_fields():
-    """The options of all gates, kinds of experts and arrangements.
+    """``{name: field for make_dataclass}`` of all gates, kinds of experts and arrangements.
 
     Raises:
         OptionError: one of the user's own has an option that is taken.
     """
-    owners = {f.name: "this model" for f in fields(LayerOptions)}
-    owners |= {name: "fairseq's transformer" for name, *_ in _flat_transformer_fields()}
+    taken = {f.name: "this model" for f in fields(LayerOptions)}
+    taken |= {name: "fairseq's transformer" for name, *_ in _flat_transformer_fields()}
+    owners, found = {}, {}
     for kind in all_kinds():
         for f in fields(kind.Options):
             owner = owners.setdefault(f.name, kind.Options)
-            if owner is not kind.Options:
+            if f.name in taken or not issubclass(kind.Options, owner):
                 raise OptionError(
                     f"{kind.Options.__module__}:{kind.Options.__name__}: {_flag(f.name)} is an "
-                    f"option of {getattr(owner, '__name__', owner)} already; rename the field"
+                    f"option of {taken.get(f.name, owner.__name__)} already; rename the field"
                 )
-            yield f.name, f.type, field(default=f.default, metadata=dict(f.metadata))
+            made = field(default=f.default, metadata=dict(f.metadata))
+            found.setdefault(f.name, (f.name, f.type, made))
+    return found
 
 
 def _flat_transformer_fields():
@@ -138,7 +141,7 @@ FlatTransformerOptions = make_dataclass(
 
 
 RoutingOptions = make_dataclass(
-    "RoutingOptions", list(dict((f[0], f) for f in _kind_fields()).values()), bases=(LayerOptions,)
+    "RoutingOptions", list(_kind_fields().values()), bases=(LayerOptions,)
 )
 
 

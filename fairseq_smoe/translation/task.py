@@ -92,6 +92,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def build_model(self, args, from_checkpoint=False):
         # to translate or to validate, processes do not keep step, and cannot share experts
         self.trains_in_step = not from_checkpoint
+        if not from_checkpoint and hasattr(self.args, "train_subset"):
+            self.data_manager.check_files(self.args.train_subset)
         return super().build_model(args, from_checkpoint)
 
     def train_step(self, sample, model, *args, **kwargs):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import toy_task
 from http_server import FaultyServer
-from test_prepare import contents
+from prepared_folder import contents
 
 from fairseq_smoe.benchmarks import benchmark
 from fairseq_smoe.commands import prepare

@@ -16,6 +16,7 @@ import pytest
 import sentencepiece as spm
 import toy_task
 from fairseq.data import Dictionary, indexed_dataset
+from prepared_folder import contents
 
 from fairseq_smoe.commands import prepare
 from fairseq_smoe.errors import OptionError
@@ -51,15 +52,6 @@ def run(text, target, **options):
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     prepare.run(parser.parse_args(words(text, target, **options)))
-
-
-def contents(folder):
-    """``{name: bytes}`` of what training and a reader need: all but work/ and the times."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "work" not in path.parts and path.name not in ("steps.json", ".lock")
-    }
 
 
 def read_sentences(target, split, lang):
