@@ -71,8 +71,9 @@ class SMoETransformer(TransformerModelBase):
 
     @classmethod
     def build_model(cls, cfg, task):
+        # a checkpoint of an earlier version lacks the options that came later
         options = Namespace(
-            **{f.name: getattr(cfg, f.name) for f in fields(SMoETransformerOptions)}
+            **{f.name: getattr(cfg, f.name, f.default) for f in fields(SMoETransformerOptions)}
         )
         strata = check_options(options)
         if options.post_norm:
