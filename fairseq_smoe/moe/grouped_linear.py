@@ -64,11 +64,19 @@ def grouped_mm_takes(weight_EIO):
 
 
 def grouped_mm_is_fast(weight_EIO):
-    """Whether it can with a kernel of its own. Elsewhere torch loops over the experts inside, and
-    waits for the device to do so (aten's GroupedBlas, torch 2.11 to 2.13)."""
+    """Whether it can with these weights, and by a kernel of its own."""
     return (
         weight_EIO.is_cuda
-        and weight_EIO.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(weight_EIO.device)[0] in KERNEL_CAPABILITIES
+        and has_kernel(weight_EIO.dtype, torch.cuda.get_device_capability(weight_EIO.device))
         and grouped_mm_takes(weight_EIO)
     )
+
+
+def has_kernel(dtype, capability):
+    """Whether torch multiplies groups by one kernel on a GPU; elsewhere it loops over them, and waits
+    for the device to do so (aten's GroupedBlas, torch 2.11 to 2.13).
+
+    Args:
+        capability: ``(major, minor)``, as of ``torch.cuda.get_device_capability``.
+    """
+    return dtype == torch.bfloat16 and capability[0] in KERNEL_CAPABILITIES

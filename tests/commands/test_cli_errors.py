@@ -87,6 +87,13 @@ def test_fairseq_train_answers_a_missing_data_folder_in_one_line(tmp_path):
     assert f"{tmp_path}/nowhere" in line and "no such data folder" in line
 
 
+def test_fairseq_train_answers_a_pair_without_files_before_it_builds_anything(data, tmp_path):
+    outcome = train(data, tmp_path, lang_pairs="en-aa,aa-bb", check=False)
+    line = answer(outcome)
+    assert "--lang-pairs aa-bb: no train sentences" in line and "leave this direction out" in line
+    assert "SMoETransformer" not in outcome.stdout + outcome.stderr
+
+
 def test_fairseq_generate_answers_a_missing_language_in_one_line(data, short_run):
     line = answer(generate(data, short_run / "checkpoint_last.pt", "en-zz", check=False))
     assert "zz is missing" in line

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_smoe.moe.arrangements.cmr import CMRBlock
 from fairseq_smoe.moe.arrangements.stacking import StackedMoEBlock
 from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.grouped_linear import has_kernel
 from fairseq_smoe.moe.shared_weight import SharedWeight, _Gradients
 from fairseq_smoe.translation.routing_metrics import routing_metrics
 
@@ -182,3 +183,19 @@ def test_a_type_that_grouped_mm_does_not_take_is_refused():
     block = SMoEBlock(16, 32, (2, 2), expert_backend="grouped_mm").double()
     with pytest.raises(ValueError, match="backend='grouped_mm': .*float64"):
         block(torch.randn(3, 16, dtype=torch.double))
+
+
+@pytest.mark.parametrize(
+    "dtype, capability, has",
+    [
+        (torch.bfloat16, (8, 0), False),  # A100
+        (torch.bfloat16, (8, 9), False),  # L40
+        (torch.bfloat16, (9, 0), True),  # H100
+        (torch.bfloat16, (10, 0), True),  # B200
+        (torch.bfloat16, (12, 0), False),  # RTX 50
+        (torch.float16, (9, 0), False),
+        (torch.float32, (9, 0), False),
+    ],
+)
+def test_gpus_with_a_kernel_for_groups(dtype, capability, has):
+    assert has_kernel(dtype, capability) == has

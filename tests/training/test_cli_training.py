@@ -138,3 +138,23 @@ def test_hydra_config_chooses_model_and_criterion(data, tmp_path):
 
     state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
     assert state["encoder.layers.1.expert_block.experts.fc1_weight"].shape == (4, 32, 64)
+
+
+@pytest.mark.parametrize("name, warned", [("smoe", True), ("dense", False)])
+def test_another_criterion_is_warned_about_once(name, warned, data, tmp_path):
+    outcome = toy_task.train(
+        data,
+        tmp_path,
+        *toy_task.MODELS[name],
+        criterion="label_smoothed_cross_entropy",
+        max_update=2,
+        no_save=True,
+        disable_validation=True,
+    )
+    lines = [
+        line
+        for line in (outcome.stdout + outcome.stderr).splitlines()
+        if "--criterion label_smoothed_cross_entropy" in line
+    ]
+    assert len(lines) == warned
+    assert all("--criterion moe_label_smoothed_cross_entropy" in line for line in lines)
