@@ -63,7 +63,8 @@ def train_with_our_trainer():
 
 
 def _train_modules():
-    """fairseq_cli.train: imported, started as a program (``__main__``), or neither."""
+    """The modules with fairseq-train's code: fairseq_cli.train if imported, ``__main__`` if it was
+    started as a program."""
     modules = (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"])
     return [module for module in modules if hasattr(module, "validate_and_save")]
 
