@@ -99,8 +99,7 @@ def add_model_arguments(parser):
     parser.add_argument(
         "--moe-modules",
         metavar="MODULE,...",
-        help="modules with gates or experts of your own that the checkpoint uses "
-        "(docs/extend.md)",
+        help="modules with gates or experts of your own that the checkpoint uses (docs/extend.md)",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="binarised data (default: that of the training)"
