@@ -1,7 +1,7 @@
 """Stratified mixture-of-experts translation for fairseq (Xu et al. 2023, arXiv 2305.02176).
 
-fairseq loads this package through ``--user-dir``. Imported on its own, as for ``SMoEBlock``, it does
-not need fairseq.
+fairseq loads this package through ``--user-dir``. Without fairseq, it can be imported for
+``SMoEBlock``.
 """
 
 import sys

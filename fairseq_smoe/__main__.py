@@ -1,4 +1,4 @@
-"""``python -m fairseq_smoe COMMAND``: what is not a command of fairseq itself."""
+"""``python -m fairseq_smoe COMMAND``: the commands that fairseq does not have."""
 
 import argparse
 import importlib
@@ -7,20 +7,20 @@ import sys
 from fairseq_smoe.errors import OneLineError
 
 # subcommand -> what it does. The module of that name in commands/ has add_arguments(parser) and
-# run(args). Options that it does not know are an error, unless it has PASSES_ON_OPTIONS = True and
-# reads them from args.more
+# run(args). Unknown options are an error, unless the module has PASSES_ON_OPTIONS = True and reads
+# them from args.more
 COMMANDS = {
     "path": "print the folder to give to --user-dir",
-    "catalogues": "translation catalogues to parallel text",
-    "prepare": "parallel text to a folder that fairseq-train reads",
+    "catalogues": "turn translation catalogues into parallel text",
+    "prepare": "turn parallel text into a folder that fairseq-train reads",
     "train": "train a row of one of the paper's tables",
     "evaluate": "translate and score all directions, loading the model once",
-    "tabulate": "scores of several models beside the paper's",
-    "analyse": "requested capacity per direction, block and token type",
-    "plot": "pictures of requested capacity, experts and training curves",
+    "tabulate": "tabulate scores of several models beside the paper's",
+    "analyse": "count requested capacity per direction, block and token type",
+    "plot": "draw requested capacity, experts and training curves",
     "checkpoint": "inspect, merge, split, strip and average checkpoints",
-    "flops": "parameters and FLOPs of every row of the paper's tables",
-    "scaling": "what ranks send and hold when they share experts, by formulas",
+    "flops": "print parameters and FLOPs of every row of the paper's tables",
+    "scaling": "compute what ranks send and hold when they share experts",
 }
 
 

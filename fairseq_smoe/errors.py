@@ -1,4 +1,4 @@
-"""Errors that a user can act on; the command line prints them as a single line."""
+"""Errors that a user can act on. The command line prints them as a single line."""
 
 
 class OneLineError(Exception):

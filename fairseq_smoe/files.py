@@ -1,4 +1,4 @@
-"""Files that exist complete or not at all."""
+"""Files that are either complete or absent."""
 
 import errno
 import os
@@ -10,10 +10,10 @@ from fairseq_smoe.errors import DiskFullError, OptionError
 
 @contextmanager
 def whole_file(path, mode="wb", **options):
-    """``open(path, mode)`` for writing; the file takes its name only when all of it is written.
+    """``open(path, mode)`` for writing; the file gets its name only when all of it is written.
 
     Raises:
-        DiskFullError: what was written of the file is removed.
+        DiskFullError: the incomplete file is removed.
     """
     path = Path(path)
     # of this process alone: an orphan of a killed run may still be writing the same file
@@ -30,7 +30,7 @@ def whole_file(path, mode="wb", **options):
 
 @contextmanager
 def disk_space_for(path):
-    """Say in one line that the disk is full, and where."""
+    """Turn the error of a full disk into one line that names the file."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def disk_space_for(path):
 
 
 def write_whole(path, text):
-    """Write a text file that exists complete or not at all."""
+    """Write a text file that is either complete or absent."""
     with whole_file(path, "w", encoding="utf-8") as handle:
         handle.write(text)
 
@@ -56,7 +56,7 @@ def remove_unfinished(folder, pattern="*"):
 
 @contextmanager
 def only_process_in(folder):
-    """Hold ``folder`` for this process; the kernel lets go of it however the process ends.
+    """Lock ``folder`` for this process. The kernel releases the lock however the process ends.
 
     Raises:
         OptionError: another process holds it.
@@ -76,10 +76,10 @@ def only_process_in(folder):
 
 
 def read_lines(path, remedy):
-    """The lines of a text file, ended by newlines and nothing else that Unicode knows.
+    """The lines of a text file; only newlines end a line, not Unicode's other separators.
 
     Args:
-        remedy: ends the message of an error.
+        remedy: last words of an error's message: what to do.
 
     Raises:
         OptionError: it is missing, or no UTF-8 text.

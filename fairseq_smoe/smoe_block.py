@@ -1,3 +1,3 @@
-"""Where :class:`SMoEBlock` was; it is in :mod:`fairseq_smoe.moe.block` now."""
+"""Former place of :class:`SMoEBlock`, which is now in :mod:`fairseq_smoe.moe.block`."""
 
 from fairseq_smoe.moe.block import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Tables in plain text that are Markdown, too."""
+"""Markdown tables that are aligned in plain text as well."""
 
 
 def aligned(header, rows, left):

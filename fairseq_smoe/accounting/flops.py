@@ -8,13 +8,13 @@ import torch
 from fairseq_smoe.benchmarks.training_command import model_options, vocab_size
 from fairseq_smoe.moe.strata import mean_requested_capacity
 
-# The paper counts attention over a context whose length it does not give; this one brings the
-# dense models of both tables within 1% of the printed figures.
+# The paper does not give the length of the context that it counts attention over. With this one the
+# dense models of both tables are within 1% of the printed figures.
 CONTEXT_LENGTH = 2430
 
 
 def render(benchmark):
-    """A Markdown table: our figures beside the printed ones, where there are any."""
+    """A Markdown table: our figures, and the paper's if there are any."""
     lines = [
         f"| {benchmark.title} | options | parameters | paper | MFLOPs/token | paper "
         "| relative to dense | paper |",
@@ -50,8 +50,8 @@ def count_parameters(model):
 def flops_per_token(model, options):
     """Forward FLOPs per token as in Kaplan et al. 2020, under uniform gates.
 
-    Two per weight that a token meets, the embedding matrix counted once as output projection, and
-    2 * d per position of the context in every attention sublayer.
+    Two FLOPs per weight that a token is multiplied with (the embedding matrix counts once, as
+    output projection), and 2 * d per position of the context in every attention sublayer.
 
     Args:
         model: an ``SMoETransformer``, also on the meta device.
@@ -80,7 +80,7 @@ def _experts_per_token(options, block):
 
 
 def build_on_meta(command_line, vocab_size):
-    """Build a model without memory for its weights.
+    """Build a model on the meta device, without memory for its weights.
 
     Args:
         command_line: model options, as for fairseq-train.
@@ -103,7 +103,7 @@ def build_on_meta(command_line, vocab_size):
 
 
 def parse_model_options(command_line):
-    """The namespace that fairseq-train makes of model options, leaving out all others."""
+    """The namespace that fairseq-train makes from the model options, without all other options."""
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     from fairseq_smoe.translation.model import SMoETransformer

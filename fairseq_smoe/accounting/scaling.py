@@ -1,39 +1,40 @@
-"""Bytes between ranks, and in the memory of one, from formulas: what it costs to spread experts.
+"""Formulas for the traffic between ranks and the memory of a rank under expert parallelism.
 
-W ranks train side by side. N of them share the experts (``--moe-expert-parallel-size``), expert e
-being on the rank e mod N, which leaves W / N replicas of each. docs/scaling.md derives the formulas
-and compares them with what a training of four ranks gave to torch.
+W ranks train together. Groups of N ranks share the experts (``--moe-expert-parallel-size``). Expert
+e is on rank e mod N of each group, so each expert has W / N replicas. docs/scaling.md derives the
+formulas and compares them with the bytes that a training of four ranks gave to torch.
 """
 
 from dataclasses import dataclass
 
 from fairseq_smoe.moe.strata import own_experts, visible_experts
 
-COUNT_BYTES = 8  # of a number of rows: int64
-FULL = 4  # bytes of a number in full precision, which gates and optimizer have in any case
+COUNT_BYTES = 8  # bytes of a row count: int64
+FULL = 4  # bytes of a number in full precision, which gates and optimizer always use
 
 # --------------------------------------------------------------------------------------
 # the model
 
 
 def visit_probabilities(strata):
-    """Chance of a token to stand at each gate, when every gate chooses its best expert uniformly.
+    """Probability that a token visits each gate, if every gate chooses its best expert uniformly.
 
-    It meets gate i + 1 if the first best expert of stratum i or later is one of stratum i, whatever
-    came before. The chances add up to :func:`~fairseq_smoe.moe.strata.mean_requested_capacity`.
+    Of the strata from i on, some stratum is the first that a token's best expert comes from. The
+    token visits gate i + 1 if that is stratum i. The probabilities add up to
+    :func:`~fairseq_smoe.moe.strata.mean_requested_capacity`.
     """
     return [1.0, *(size / sum(strata[i:]) for i, size in enumerate(strata[:-1]))]
 
 
 @dataclass(frozen=True)
 class Block:
-    """An expert block, as far as bytes depend on it.
+    """The sizes of an expert block that determine its bytes.
 
     Attributes:
         embed_dim, ffn_dim: D and F of its experts.
         strata: experts of each stratum.
-        top_k: choices of a pass.
-        stacked: whether all tokens visit every stratum, whose gate sees its own experts only.
+        top_k: choices per pass.
+        stacked: whether every token visits every stratum, and gates see their own experts only.
     """
 
     embed_dim: int
@@ -49,7 +50,7 @@ class Block:
 
     @property
     def choices(self):
-        """Rows of a token at each gate; a gate that sees one expert gives one choice."""
+        """Rows per token at each gate; a gate that sees one expert makes one choice."""
         return [min(self.top_k, len(seen)) for seen in self.visible]
 
     @property
@@ -59,37 +60,37 @@ class Block:
         return sum(self.strata) * (2 * dim * ffn + ffn + dim)
 
     def expected_visits(self, tokens):
-        """Tokens at each gate, of so many in the block, under uniform gates."""
+        """Tokens at each gate, if ``tokens`` enter the block, under uniform gates."""
         chances = [1.0] * len(self.strata) if self.stacked else visit_probabilities(self.strata)
         return [tokens * chance for chance in chances]
 
     def expected_rows(self, tokens):
-        """Rows that a rank sends at each gate, under uniform gates: at most, as those that find
-        their expert full are not sent."""
+        """Rows that a rank sends at each gate, under uniform gates. An upper bound: rows whose
+        expert is full are not sent."""
         return [visits * k for visits, k in zip(self.expected_visits(tokens), self.choices)]
 
     def expected_received(self, tokens, size, rank):
-        """Rows that a rank of ``size`` gets at each gate: as many as it sends, if it holds a
-        fair share of the experts that the gate sees."""
+        """Rows that a rank of a group of ``size`` receives at each gate: as many as it sends, if it
+        holds an even share of the experts that the gate sees."""
         return [
             rows * size * sum(e % size == rank for e in seen) / len(seen)
             for rows, seen in zip(self.expected_rows(tokens), self.visible)
         ]
 
     def slowdown(self, size):
-        """Rows of the busiest rank over those of the mean one, pass by pass: as all wait for the
-        busiest one in every pass, the experts of a step take that many times as long."""
+        """How many times as long the experts take as with evenly spread rows: all ranks wait for
+        the busiest one in every pass, so this is its rows over the mean rank's, pass by pass."""
         by_rank = [self.expected_received(1, size, rank) for rank in range(size)]
         return sum(map(max, zip(*by_rank))) / sum(self.expected_rows(1))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model.
+    """The sizes of a model.
 
     Attributes:
         blocks: a :class:`Block` for each of its expert layers.
-        shared_params: parameters of all but the experts.
+        shared_params: number of parameters that are not experts'.
     """
 
     blocks: tuple
@@ -129,12 +130,12 @@ def measure(model):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a rank and an update.
+    """Bytes that a rank communicates per update.
 
     Attributes:
-        exchange: rows on the way to their experts and back, their gradients, and numbers of rows.
+        exchange: all-to-all of rows to their experts and back, their gradients, and row counts.
         shared: gradients of the parameters that all ranks have.
-        experts: gradients of this rank's experts, for their replicas.
+        experts: gradients of this rank's experts, averaged with their replicas.
     """
 
     exchange: float
@@ -151,25 +152,25 @@ def exchange_bytes(block, sent, received, number_bytes, recomputed=False):
 
     Args:
         sent, received: rows at each gate.
-        number_bytes: of a number of the model's precision.
-        recomputed: whether backward goes through forward once more (--checkpoint-activations).
+        number_bytes: bytes of a number in the model's precision.
+        recomputed: whether backward repeats the forward pass (--checkpoint-activations).
     """
     forward = 2 if recomputed else 1
-    # a row goes to its expert and its output comes back, in backward so do their gradients
+    # a row is sent and its output returned; in backward the gradients of both
     rows = (forward + 1) * (sum(sent) + sum(received)) * block.embed_dim * number_bytes
-    # numbers have no gradient
+    # row counts have no gradient
     return rows + forward * COUNT_BYTES * sum(len(seen) for seen in block.visible)
 
 
 def handed_bytes(sizes, ranks, size, tokens, number_bytes, steps=1, recomputed=False):
-    """What a mean rank hands to torch in an update, under uniform gates.
+    """Bytes that a rank hands to torch's collectives per update on average, under uniform gates.
 
     Args:
         sizes: :class:`Sizes`
         ranks, size: W and N.
-        tokens: of a rank and a step, in every block: no padding.
-        number_bytes: of a number of the model's precision, as its gradients have it.
-        steps: until the update (--update-freq).
+        tokens: tokens of a rank per step in every block, without padding.
+        number_bytes: bytes of a number in the precision of model and gradients.
+        steps: steps per update (--update-freq).
         recomputed: see :func:`exchange_bytes`.
 
     Returns:
@@ -186,8 +187,8 @@ def handed_bytes(sizes, ranks, size, tokens, number_bytes, steps=1, recomputed=F
 
 
 def sent_bytes(handed, ranks, size):
-    """What leaves a mean rank, of what it has handed to torch: the rows that are not for its own
-    experts, and of gradients twice the buffer but for a part of it, as a ring all-reduce does."""
+    """Bytes that leave a rank on average, of those handed to torch: the rows for other ranks'
+    experts, and for gradients what a ring all-reduce sends, 2 (R - 1) / R of the buffer."""
 
     def ring(members):
         return 2 * (members - 1) / members
@@ -205,13 +206,13 @@ def sent_bytes(handed, ranks, size):
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of a rank that stay from update to update, with Adam.
+    """Memory of a rank for the model and Adam, in bytes.
 
     Attributes:
         parameters, gradients: in the model's precision.
-        copies: both once more in full precision, where the model's is half.
-        moments: the two of Adam, in full precision.
-        buckets: in which pytorch_ddp, the default, copies gradients to add them up.
+        copies: copies of both in full precision, if the model's is half.
+        moments: Adam's two moments, in full precision.
+        buckets: buffers into which pytorch_ddp, the default, copies gradients to reduce them.
     """
 
     parameters: int
@@ -228,7 +229,7 @@ class State:
 def state_bytes(sizes, ranks, size, number_bytes):
     """:class:`State` of a rank; see :func:`handed_bytes` for the arguments."""
     params = sizes.shared_params + sizes.expert_params // size
-    in_buckets = sizes.shared_params if size > 1 else params  # or else experts are as all others
+    in_buckets = sizes.shared_params if size > 1 else params  # else experts as the others
     return State(
         parameters=params * number_bytes,
         gradients=params * number_bytes,
@@ -239,24 +240,26 @@ def state_bytes(sizes, ranks, size, number_bytes):
 
 
 def activation_bytes(block, visits, sent, received, number_bytes):
-    """What a rank keeps of a block for backward, in a batch with padding and without dropout, whose
-    masks are one byte a number; expert by expert, as ranks that share them compute.
+    """Bytes that a rank keeps of a block for backward, for a batch with padding.
+
+    Dropout masks, one byte per number, are not counted. Nor are tokens that have left the block,
+    which the backend "grouped_mm" carries along if experts are not shared.
 
     Args:
         visits: tokens at each gate.
         sent, received: rows at each gate.
-        number_bytes: of a number of the model's precision.
+        number_bytes: bytes of a number in the model's precision.
     """
     dim, ffn = block.embed_dim, block.ffn_dim
-    # a token's input and output of the pass, and what the gate takes, in full precision
+    # a token's input and output of the pass, and the gate's input in full precision
     tokens = sum(visits) * dim * (2 * number_bytes + FULL)
-    # a row's input and hidden units are with its expert; its output is back, and once more weighted
+    # the expert's rank keeps a row's input and hidden units, the sender its output, also weighted
     return tokens + (sum(received) * (dim + ffn) + sum(sent) * 2 * dim) * number_bytes
 
 
 def expected_activation_bytes(sizes, size, tokens, number_bytes, recomputed=False):
-    """What the rank with the most rows keeps of all blocks, under uniform gates; with
-    --checkpoint-activations the blocks' input, and one block at a time."""
+    """Bytes that the rank with the most rows keeps of all blocks, under uniform gates. With
+    --checkpoint-activations these are the blocks' inputs, and one block at a time."""
 
     def of(block, rank):
         visits, rows = block.expected_visits(tokens), block.expected_rows(tokens)

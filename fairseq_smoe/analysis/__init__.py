@@ -1,1 +1,1 @@
-"""What the experts of a trained model do: counted in a pass over a data set, written as CSV."""
+"""Counting what the experts of a trained model do in a pass over a data set, written as CSV."""

@@ -37,19 +37,19 @@ def analyse(
 ):
     """Write ``capacity.csv``, ``experts.csv``, ``strata.csv`` and ``types.csv`` of a model.
 
-    Every direction is kept in ``parts/`` when it is done, and not done again for the same
-    checkpoint, data and settings.
+    The counts of every direction are kept in ``parts/``, and reused for the same checkpoint, data
+    and settings.
 
     Args:
         run: the :class:`~fairseq_smoe.benchmarks.runs.Run`.
         checkpoint, data, subset, max_tokens: see ``analyse --help``.
         directions: list, or None for all.
         max_sentences: per direction, 0 for all.
-        num_types: at each end of ``types.csv``.
-        min_count: of a type there.
+        num_types: types of highest and of lowest requested capacity in ``types.csv``, each.
+        min_count: occurrences that a type needs to be in ``types.csv``.
 
     Raises:
-        OptionError: something named is not there.
+        OptionError: a direction or data set does not exist, or the model is dense.
     """
     model, task, updates = load_model(checkpoint, data)
     dictionary = task.source_dictionary
@@ -95,7 +95,7 @@ def analyse(
 
 
 def write_tables(folder, parts, directions, made_from):
-    """Join the parts of all directions that belong together; report what each side asks for."""
+    """Join the tables of all directions that are done, and print how many are left."""
     found = {d: _read_part(parts / f"{d}.json", made_from) for d in directions}
     found = {d: tables for d, tables in found.items() if tables is not None}
     for name, columns in COLUMNS.items():
@@ -121,7 +121,7 @@ def _fingerprint(data, subset):
 
 
 def no_text(dictionary, data_manager):
-    """Vocabulary ids that stand for no text: fairseq's own four, and the languages' tokens."""
+    """Vocabulary ids that are not text: fairseq's four special symbols and the language tokens."""
     style = data_manager.args.lang_tok_style
     tokens = {get_lang_tok(lang, style) for lang in data_manager.langs}
     ids = {dictionary.index(token) for token in tokens if token in dictionary}

@@ -1,4 +1,4 @@
-"""Counts the routing of everything that passes through a model, in forward hooks."""
+"""Counting the routing of all tokens that a model processes, with forward hooks."""
 
 import torch
 
@@ -6,20 +6,19 @@ from fairseq_smoe.analysis.counts import BlockCounts
 from fairseq_smoe.translation.layers import expert_layers
 
 SIDES = ("encoder", "decoder")
-FLUSH_AT = 1 << 16  # tokens of a block that wait to be counted together: a few MB
+FLUSH_AT = 1 << 16  # tokens of a block that are counted together: a few MB
 
 
 class RoutingCollector:
     """Hooks on the expert layers of a model that count requested capacity and choices of experts.
 
-    A token is what the embedding has looked up: in the encoder the source with its language token
-    and end of sentence, in the decoder the *input* at a position (``prev_output_tokens``), which
-    begins with end of sentence; in beam search every beam's last token at every step. The
-    embedding sees only new tokens in incremental decoding, and is shared by both sides or not;
-    either way a block works on the tokens that were embedded last.
+    Tokens are those that the embedding looks up. In the encoder this is the source with its
+    language token and end of sentence. In the decoder it is the *input* (``prev_output_tokens``),
+    which begins with end of sentence; in beam search, every beam's last token at every step. A
+    block works on the tokens that were embedded last, whether or not both sides share an embedding.
 
-    Nothing is counted before :data:`FLUSH_AT` tokens have come together, so that a step of beam
-    search costs a few appends to lists, and a GPU never waits.
+    Tokens are collected and counted :data:`FLUSH_AT` at a time, so that a step of beam search costs
+    a few appends to lists, and the host rarely waits for a GPU.
 
     Use it as a context manager, or call :meth:`remove`, to take the hooks off again.
     """
@@ -51,16 +50,16 @@ class RoutingCollector:
         self.remove()
 
     def remove(self):
-        """Take the hooks off the model; what was counted stays."""
+        """Remove the hooks from the model; the counts are kept."""
         for handle in self._handles:
             handle.remove()
 
     def take(self):
-        """One :class:`BlockCounts` per expert block, encoder first, and begin again at zero."""
+        """Return one :class:`BlockCounts` per expert block, encoder first, and reset the counts."""
         return [block.take() for block in self.blocks]
 
     def _remember(self, module, inputs, output):
-        # a copy: beam search goes on to reorder the tensor of its hypotheses in place
+        # a copy: beam search reorders the tensor of its hypotheses in place
         self._embedded = inputs[0].clone()
 
     def _counting_in(self, block):
@@ -71,7 +70,7 @@ class RoutingCollector:
 
 
 class _BlockCollector:
-    """Statistics of one block that wait to be counted, and the counts so far."""
+    """The counts of one block so far, and the statistics that are not counted yet."""
 
     def __init__(self, layer, side, block, layer_number, num_types):
         expert_block = layer.routed_block
@@ -95,7 +94,7 @@ class _BlockCollector:
         self._chosen = [[] for _ in self.first_experts]
 
     def add(self, tokens, stats):
-        """Take note of a forward pass: (B, S) tokens and their ``BlockStats``."""
+        """Add a forward pass: (B, S) tokens and their ``BlockStats``."""
         if tokens.shape != stats.passes.shape:
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)} were embedded, but the block worked on "
@@ -141,5 +140,5 @@ class _BlockCollector:
 
 
 def _histogram(values, shape):
-    """How often each of 0 .. prod(shape) - 1 occurs, on the CPU, in that shape."""
+    """How often each of 0 .. prod(shape) - 1 occurs, in that shape, on the CPU."""
     return torch.bincount(values, minlength=shape.numel()).cpu().view(shape)

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """What one block did with the tokens that it saw; padding is none.
+    """The routing of one block's tokens, without padding.
 
     Attributes:
         side: "encoder" or "decoder".
@@ -19,8 +19,8 @@ class BlockCounts:
         strata: experts of each stratum.
         types_VP: (V, L + 1) int64, tokens of each type that made 0 .. L passes; column 0 is empty.
         first_E: (E,) int64, passes in which an expert was the best choice.
-        choices_E: (E,) int64, passes in which it was chosen at all.
-        visits_L: (L,) int64, tokens that met each gate.
+        choices_E: (E,) int64, passes in which an expert was one of the choices.
+        visits_L: (L,) int64, tokens that visited each gate.
     """
 
     side: str
@@ -53,7 +53,8 @@ class BlockCounts:
         return np.repeat(np.arange(len(self.strata)), self.strata)
 
     def type_counts(self):
-        """(V,) occurrences and (V,) mean requested capacity of every type; NaN without any."""
+        """(V,) occurrences and (V,) mean requested capacity of every type; NaN if it does not
+        occur."""
         count_V = self.types_VP.sum(axis=1)
         passes_V = self.types_VP @ np.arange(len(self.strata) + 1)
         return count_V, np.divide(

@@ -17,8 +17,8 @@ CHUNK = 1 << 24  # tokens at a time
 class TrainingFrequencies:
     """Counts per language over all binarised training files of a data folder.
 
-    A file serves both directions of its pair, and counts once. Counts are kept in ``cache``, one
-    file per language, and made again when the training files have changed.
+    A file serves both directions of its pair, and is counted once. Counts are kept in ``cache``,
+    one file per language, and recomputed when the training files have changed.
     """
 
     def __init__(self, data, cache, dictionary, split="train"):
@@ -86,7 +86,7 @@ def count_tokens(prefix, dictionary):
     """(V,) int64, occurrences of every vocabulary entry in a binarised file."""
     dataset = data_utils.load_indexed_dataset(prefix, dictionary)
     if isinstance(dataset, MMapIndexedDataset):
-        # its file holds nothing but the tokens of all sentences in a row
+        # the file has the tokens of all sentences and nothing else
         tokens = np.frombuffer(dataset._bin_buffer, dtype=dataset._index.dtype)
         parts = (tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK))
     else:

@@ -52,8 +52,8 @@ def batches(dataset, max_positions, max_tokens, max_sentences=0, seed=1):
     Args:
         max_positions: longer sentences, (source, target), are left out.
         max_tokens: per batch.
-        max_sentences: take this many of the sentences, drawn without replacement; 0 for all.
-        seed: of the draw.
+        max_sentences: take this many sentences, drawn without replacement; 0 for all.
+        seed: seed of the draw.
 
     Returns:
         list of index arrays.
@@ -70,7 +70,7 @@ def batches(dataset, max_positions, max_tokens, max_sentences=0, seed=1):
 
 
 def seed_of(direction):
-    """Makes draws of directions independent of each other, and the same in every process."""
+    """A seed that differs between directions and is the same in every process."""
     return zlib.crc32(direction.encode())
 
 

@@ -25,9 +25,10 @@ ENDS = ("highest", "lowest")
 def routing_rows(direction, blocks):
     """Rows of ``capacity``, ``experts`` and ``strata``.
 
-    Blocks, strata and experts are numbered from 1. ``share`` is the expert's part of all first
-    choices in its block, ``visit_share`` the part of the tokens that met the stratum's gate. In the
-    row of stratum k, ``exits`` are the tokens that left the block after k passes, wherever.
+    Blocks, strata and experts are numbered from 1. ``share`` is the expert's share of all first
+    choices in its block, ``visit_share`` the share of the tokens that visited the stratum's gate.
+    In the row of stratum k, ``exits`` are the tokens that left the block after k passes, from any
+    stratum.
 
     Args:
         direction: such as ``"en-de"``.
@@ -69,8 +70,8 @@ def type_rows(direction, blocks, dictionary, frequencies, leave_out, number=25, 
         frequencies: a :class:`~fairseq_smoe.analysis.frequency.TrainingFrequencies`; the encoder's
             types are ranked in the source language, the decoder's in the target language.
         leave_out: vocabulary ids that are no pieces of text.
-        number: types at each end; fewer where there are fewer than twice as many.
-        min_count: occurrences that a type needs, for its mean to mean something.
+        number: types at each end; fewer if there are not twice as many.
+        min_count: occurrences that a type needs, so that its mean is meaningful.
     """
     langs = dict(zip(("encoder", "decoder"), direction.split("-")))
     rows = []
@@ -92,9 +93,9 @@ def type_rows(direction, blocks, dictionary, frequencies, leave_out, number=25, 
 def choose_types(count_V, capacity_V, leave_out=(), number=25, min_count=5):
     """``{"highest": ids, "lowest": ids}`` by requested capacity, the extreme ones first.
 
-    Types of the same capacity stand in an arbitrary but fixed order: many are at exactly one pass,
-    and the vocabulary's own order, which is about that of frequency, would decide the very thing
-    that the selection is looked at for.
+    Types of the same capacity are in an arbitrary but fixed order. Many make exactly one pass. The
+    vocabulary's own order is roughly that of frequency, so it would bias the frequencies of the
+    selected types, which the figure is about.
     """
     eligible = count_V >= min_count
     eligible[list(leave_out)] = False
@@ -106,7 +107,7 @@ def choose_types(count_V, capacity_V, leave_out=(), number=25, min_count=5):
 
 
 def write_table(path, columns, rows):
-    """Write a CSV file, complete or not at all."""
+    """Write a CSV file that is either complete or absent."""
     with whole_file(path, "w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(columns)
@@ -122,7 +123,7 @@ def read_table(path):
         ]
 
 
-# of these, also what looks like a number is text: a piece may be "12"
+# in these columns, a number is text as well: a piece may be "12"
 TEXT = frozenset({"direction", "language", "side", "end", "token", "run", "quantity"})
 
 

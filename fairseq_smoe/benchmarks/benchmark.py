@@ -1,7 +1,7 @@
 """The paper's benchmarks: data, training, and the rows and columns of its Tables 1-3.
 
-``benchmarks/m4.json``, ``m15.json`` and ``opus100.json`` hold everything, each training option with
-where it comes from.
+``benchmarks/m4.json``, ``m15.json`` and ``opus100.json`` have all of this, and the source of each
+training option.
 """
 
 import csv
@@ -58,13 +58,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Every language of the list is translated from and to English.
+    """A benchmark. Every language of the list is translated from and to English.
 
     Attributes:
         splits: split of fairseq -> prefix of its text files.
-        metric: what the paper's table holds; see ``fairseq_smoe.evaluation.scoring``.
+        metric: the metric of the paper's table; see ``fairseq_smoe.evaluation.scoring``.
         size: layers of each side, model dim, hidden size of the FFNs, attention heads.
-        batch_tokens: target tokens of an update.
+        batch_tokens: target tokens per update.
         training: ``{option of fairseq-train: (value, where it comes from)}``
         rows: of the paper's table, in its order.
         scored_columns: names of the table's columns of scores, in its order.
@@ -96,7 +96,8 @@ class Benchmark:
         ]
 
     def directions(self, train_only=False):
-        """All directions; the half that stands first in the paper's table comes first."""
+        """All directions, in the order of the paper's table: one side of English, then the
+        other."""
         pairs = self.pairs(train_only)
         reverse = ["-".join(reversed(pair.split("-"))) for pair in pairs]
         out_of_english_first = self.scored_columns[0].startswith(("eng-", f"{self.english}-"))
@@ -116,7 +117,7 @@ class Benchmark:
             return self.directions()
         if "xxx" not in (source, target):
             return [column]
-        sides = re.sub(r"\beng\b", self.english, sides)  # the tables call it eng throughout
+        sides = re.sub(r"\beng\b", self.english, sides)  # the columns always say eng
         return [
             sides.replace("xxx", language.code)
             for language in self.languages
@@ -129,7 +130,7 @@ class Benchmark:
         return {self.english: "eng_Latn", **codes} if all(codes.values()) else {}
 
     def row(self, name):
-        """The :class:`Row` of a name, also in lower case with hyphens: ``"vanilla-moe"``.
+        """The :class:`Row` with this name; ``"vanilla-moe"`` finds "Vanilla MoE".
 
         Raises:
             OptionError: the table has no such row.
@@ -146,8 +147,9 @@ class Benchmark:
 def load(name):
     """The :class:`Benchmark` of one of ``NAMES``, or of a JSON file of the user's own.
 
-    A file like those in ``benchmarks/`` that may leave things out: with ``"like": "m4"`` it takes
-    them from there, but for the paper's figures; single options in ``training`` and ``size``, too.
+    The file is like those in ``benchmarks/``. With ``"like": "m4"`` it may leave out entries, also
+    single options in ``training`` and ``size``. These are taken from M4, without the paper's
+    figures.
 
     Raises:
         OptionError: no such benchmark, or the file cannot be used.
@@ -185,7 +187,8 @@ def load(name):
 
 
 def reference(name):
-    """What finds a benchmark from everywhere: its name, or the absolute path of its file."""
+    """A name for :func:`load` that works in any folder: the benchmark's, or its file's full
+    path."""
     return name if name in NAMES else str(Path(name).absolute())
 
 
@@ -195,7 +198,7 @@ def _published(name):
 
 
 def _completed(own):
-    """The fields of a file of the user's own, with those of the benchmark that it is like."""
+    """The entries of a user's file, completed by those of the benchmark that it is ``like``."""
     if not isinstance(own, dict):
         raise ValueError("expected an object, {...}")
     if "like" not in own:

@@ -1,4 +1,4 @@
-"""Whether a benchmark of the user's own makes sense."""
+"""Checks of a user's own benchmark."""
 
 import shlex
 from collections import Counter
@@ -8,7 +8,7 @@ SIZES = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
 
 
 def check_benchmark(benchmark):
-    """Find what would only show later, or never.
+    """Detect mistakes that would only show later, or never.
 
     Args:
         benchmark: a :class:`~fairseq_smoe.benchmarks.benchmark.Benchmark`.

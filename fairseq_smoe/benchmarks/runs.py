@@ -1,4 +1,4 @@
-"""Run folders: where a training keeps its checkpoints, and what they are."""
+"""Run folders: where a training keeps its checkpoints, log and evaluations."""
 
 import json
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ DEFAULT_SEED = 42
 
 @dataclass(frozen=True)
 class Run:
-    """A training.
+    """A training and its folder.
 
     Attributes:
         folder: holds ``checkpoints/``, ``train.log``, ``evaluation/``, ``analysis/``.
         facts: content of ``run.json``: benchmark, row, scale, seed, data, command; {} for a folder
-            without, that of a model of the user's own.
+            without it, as of a user's own training.
     """
 
     folder: Path
@@ -45,22 +45,22 @@ class Run:
 
 
 def comma_separated(text):
-    """The words of ``a,b,c``, a type of argparse."""
+    """Type for argparse: the words of ``a,b,c``."""
     return [word for word in text.split(",") if word]
 
 
 def add_row_arguments(parser, optional=False):
-    """BENCHMARK ROW and what chooses among its trainings.
+    """Add BENCHMARK ROW, and the options that choose among the row's trainings.
 
     Args:
-        optional: whether they may be left out, for a run folder that is named otherwise.
+        optional: whether BENCHMARK ROW may be left out, because --run names a folder instead.
     """
     nargs = "?" if optional else None
     parser.add_argument(
         "benchmark", nargs=nargs, help=f"{', '.join(benchmarks.NAMES)}, or a .json file like theirs"
     )
     parser.add_argument(
-        "row", nargs=nargs, help='as in the table, or like "vanilla-moe"; a wrong one lists all'
+        "row", nargs=nargs, help='as in the table, or like "vanilla-moe"; a wrong name lists all'
     )
     parser.add_argument(
         "--scale",
@@ -69,20 +69,20 @@ def add_row_arguments(parser, optional=False):
         help="the paper's sizes, or smaller ones (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, help="of fairseq (default: %(default)s)"
+        "--seed", type=int, default=DEFAULT_SEED, help="as of fairseq-train (default: %(default)s)"
     )
     parser.add_argument(
         "--runs",
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="folder of all trainings; this one is in BENCHMARK-SCALE/ROW-seedSEED there "
+        help="folder of all trainings; that of a row is DIR/BENCHMARK-SCALE/ROW-seedSEED "
         "(default: %(default)s)",
     )
 
 
 def add_model_arguments(parser):
-    """What names a trained model: BENCHMARK ROW, or a folder, and what to take in their place."""
+    """Add the arguments that name a trained model: BENCHMARK ROW or --run, checkpoint and data."""
     add_row_arguments(parser, optional=True)
     parser.add_argument(
         "--run",
@@ -94,12 +94,12 @@ def add_model_arguments(parser):
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="(default: checkpoints/checkpoint_best.pt in the run's folder)",
+        help="checkpoint to use (default: checkpoints/checkpoint_best.pt in the run's folder)",
     )
     parser.add_argument(
         "--moe-modules",
         metavar="MODULE,...",
-        help="with gates or experts of your own that the checkpoint names (docs/extend.md)",
+        help="modules with gates or experts of your own that the checkpoint uses (docs/extend.md)",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="binarised data (default: that of the training)"
@@ -107,7 +107,7 @@ def add_model_arguments(parser):
 
 
 def run_folder(runs, benchmark, row, scale, seed):
-    """Where the training of a row lies: ``runs/m4-small/vanilla-moe-seed42``."""
+    """The folder of a row's training: ``runs/m4-small/vanilla-moe-seed42``."""
     return Path(runs) / f"{benchmark.name}-{scale}" / f"{row.slug}-seed{seed}"
 
 

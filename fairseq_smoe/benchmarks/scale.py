@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """By what to divide the paper's sizes, and what to train with instead.
+    """Divisors of the paper's sizes, and training options that replace the paper's.
 
     Attributes:
         width: divides the model dim and the FFN's hidden size.
@@ -17,7 +17,7 @@ class Scale:
         batch: divides the target tokens of an update.
         layers: of encoder and of decoder, at most.
         options: ``{option of fairseq-train: value}`` that replace the benchmark's: few updates
-            want a higher learning rate and no dropout.
+            need a higher learning rate and no dropout.
     """
 
     width: int

@@ -49,9 +49,9 @@ def split_batch(tokens, processes, most, longest):
     """Share the tokens of an update among processes and steps.
 
     Args:
-        tokens: target tokens of an update, padding included.
-        processes: that train side by side.
-        most: tokens that a process takes at a time at most; its memory decides.
+        tokens: target tokens per update, padding included.
+        processes: number of processes that train together.
+        most: the most tokens that a process takes at a time, as its memory allows.
         longest: tokens of the longest sentence, which has to fit.
 
     Returns:
@@ -104,7 +104,7 @@ def training_command(benchmark, row, scale, data, run, seed, max_tokens, update_
         *("--seed", str(seed)),
         *("--save-dir", str(run / "checkpoints"), "--log-file", str(run / "train.log")),
         *("--eval-bleu", "--keep-interval-updates", "1", "--no-epoch-checkpoints"),
-        # one that the model is too short for would end the training at its first validation
+        # a longer validation sentence than the model takes would end the training
         "--skip-invalid-size-inputs-valid-test",
         *("--log-format", "json", "--log-interval", "25"),
         *more,

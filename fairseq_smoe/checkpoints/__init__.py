@@ -1,1 +1,1 @@
-"""Checkpoint files: written whole, read safely, in parts where many processes train."""
+"""Checkpoint files: written atomically, read safely, in parts if ranks share experts."""

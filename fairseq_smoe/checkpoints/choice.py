@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from, where the one that is asked for is damaged."""
+"""Which checkpoint to resume from if the requested one is damaged."""
 
 from pathlib import Path
 
@@ -7,10 +7,11 @@ from fairseq_smoe.errors import CheckpointError
 
 
 def newest_whole(path):
-    """The path itself, if that checkpoint is whole or not there; else the one of its folder that is
-    whole and has made the most updates.
+    """The checkpoint to resume from: ``path`` unless it is damaged.
 
-    One that has the optimizer's state comes before those that are to translate with alone.
+    If it is, the undamaged checkpoint in its folder with the most updates. Checkpoints with an
+    optimizer's state are preferred to those without. A ``path`` that does not exist is returned
+    too.
 
     Raises:
         CheckpointError: there is none.
@@ -28,7 +29,7 @@ def newest_whole(path):
 
 
 def _progress(path):
-    """What there is to go on from; None for a checkpoint that is damaged."""
+    """Sort key of a checkpoint; None if it is damaged."""
     try:
         state = read_checkpoint(path)
     except CheckpointError:

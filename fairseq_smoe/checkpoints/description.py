@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words and numbers."""
+"""A description of a checkpoint, for ``checkpoint inspect``."""
 
 import collections
 import math
@@ -8,12 +8,12 @@ import torch
 from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints.parts import Parted, is_expert_parameter, read_checkpoint
 
-# entries of fairseq's models that nothing is trained in
+# entries of fairseq's models that are not trained
 NO_PARAMETERS = (".version", "._float_tensor")
 
 
 def describe(path):
-    """What a checkpoint is: ``{name: value}`` of plain types."""
+    """Describe a checkpoint: ``{name: value}`` of plain types."""
     state = read_checkpoint(path)
     model = {n: v for n, v in state["model"].items() if isinstance(v, (torch.Tensor, Parted))}
     history = (state.get("optimizer_history") or [{}])[-1]
@@ -38,7 +38,7 @@ def describe(path):
 
 
 def _architecture(state):
-    """As given to --arch; a checkpoint of an older fairseq has a Namespace of options."""
+    """The --arch of the training. Checkpoints of an older fairseq have a Namespace of options."""
     cfg = state.get("cfg")
     options = (cfg.get("model") if isinstance(cfg, dict) else state.get("args")) or {}
     options = options if isinstance(options, dict) else vars(options)
@@ -46,7 +46,7 @@ def _architecture(state):
 
 
 def _parameters(model):
-    """``{memory: size}``: what several names share is one parameter."""
+    """``{address: size}`` of all parameters; those that share memory count once."""
     sizes = {}
     for name, value in model.items():
         if not name.endswith(NO_PARAMETERS):
@@ -56,7 +56,7 @@ def _parameters(model):
 
 
 def _type(model):
-    """Of most of the numbers."""
+    """The dtype of most of the numbers."""
     sizes = collections.Counter()
     for value in model.values():
         tensor = value.tensors[0] if isinstance(value, Parted) else value
@@ -65,5 +65,5 @@ def _type(model):
 
 
 def _number(value):
-    """A number of numpy or torch as Python's own."""
+    """A number of numpy or torch as a Python number."""
     return value.item() if hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""A file of torch: exists whole or not at all, holds plain types alone, and damage is found."""
+"""torch files: complete or absent, with plain types only, and checked for damage."""
 
 import argparse
 import glob
@@ -15,9 +15,8 @@ from numpy._core import multiarray
 from fairseq_smoe.errors import CheckpointError
 from fairseq_smoe.files import remove_unfinished, whole_file
 
-# what torch's weights-only loader does not know of itself: fairseq writes its options as a
-# Namespace, and numbers of numpy where a metric was computed with it; under the name that numpy 2
-# writes, and under that of numpy 1
+# types that torch's weights-only loader does not allow by default: fairseq writes its options as a
+# Namespace, and some metrics as numpy numbers, under the names of numpy 2 and of numpy 1
 PLAIN_TYPES = (
     argparse.Namespace,
     np.ndarray,
@@ -30,17 +29,17 @@ PLAIN_TYPES = (
     *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
 )
 
-_PICKLE = "data.pkl"  # the file in the archive that says what there is and where
+_PICKLE = "data.pkl"  # the file in the archive that lists the contents and their places
 _ZIP_START, _PICKLE_START = b"PK\x03\x04", b"\x80"
 _IS_FOLDER = 0x10
 
 
 def write(content, path):
-    """Write a file that after a crash at any time is the old one, or all of the new one.
+    """Write a file atomically: after a crash it is either the old file or the complete new one.
 
     Raises:
-        DiskFullError: the old one, if any, is untouched.
-        OSError: so it is where the disk fails otherwise.
+        DiskFullError: the old file, if any, is untouched.
+        OSError: another error of the disk; the old file is untouched as well.
     """
     path = Path(path)
     remove_unfinished(path.parent, glob.escape(path.name))  # as large as a model
@@ -48,7 +47,7 @@ def write(content, path):
         try:
             torch.save(content, handle)
         except RuntimeError as error:
-            # torch complains that the file is not as long as it should be, whatever the reason
+            # whatever the reason, torch only says that the file is too short
             reason = error.__context__
             if isinstance(reason, OSError):
                 raise OSError(*reason.args) from error
@@ -58,27 +57,26 @@ def write(content, path):
 
 
 def read(path, checked=True):
-    """Read a file that torch.save has written, of whatever version.
+    """Read a file that any version of torch.save has written.
 
-    Tensors stay in the file until they are used, so that what is not used takes no memory. They
-    are on the CPU.
+    Tensors are on the CPU and mapped from the file, so tensors that are not used take no memory.
 
     Args:
-        checked: whether to compare the checksums of the tensors first, which reads all of it.
+        checked: whether to compare the checksums of the tensors first, which reads the whole file.
 
     Raises:
-        CheckpointError: it is missing or damaged, or asks for types other than plain ones; nothing
-            in the file is run.
+        CheckpointError: the file is missing or damaged, or asks for types other than plain ones. No
+            code in the file is executed.
     """
     check(path, tensors=checked)
     try:
         with torch.serialization.safe_globals(list(PLAIN_TYPES)):
-            # torch before 1.6 wrote no archives, which alone can be mapped
+            # torch before 1.6 wrote no archives, and only archives can be mapped
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # content that nobody has foreseen can raise whatever it likes
+    except Exception as error:  # damaged content can raise any exception
         if not isinstance(error, pickle.UnpicklingError):
             raise _unreadable(path, f"{type(error).__name__}: {str(error)[:100]}") from error
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -91,15 +89,15 @@ def read(path, checked=True):
 
 
 def check(path, tensors=True):
-    """Find out whether a file is there and as it was written.
+    """Check that a file exists and is undamaged.
 
-    Of what torch before 1.6 wrote, only whether it is there: it has no checksums.
+    Files of torch before 1.6 have no checksums; of those, check only that they exist.
 
     Args:
-        tensors: whether to compare also their checksums.
+        tensors: whether to compare the checksums of the tensors, too.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the file is missing or damaged.
     """
     start = _start(path)
     if start.startswith(_PICKLE_START):
@@ -112,20 +110,20 @@ def check(path, tensors=True):
                 archive.read(name)
             damaged = archive.testzip() if tensors else None  # torch compares no checksums
             for entry in archive.infolist():
-                if entry.external_attr & _IS_FOLDER:  # of which torch reads nothing
+                if entry.external_attr & _IS_FOLDER:  # torch does not read these
                     damaged = entry.filename
-    except Exception as error:  # of any kind, where a length, a name or a flag is damaged
+    except Exception as error:  # any exception is possible if a length, a name or a flag is damaged
         raise _unreadable(path, error) from error
     if damaged:
         raise _unreadable(path, f"in {damaged}")
 
 
 def is_of_torch(path):
-    """Whether a file was written by torch.save, as far as one can tell: damaged ones are counted,
-    other archives are not, nor what a killed process has begun to write.
+    """Whether a file seems to be written by torch.save. A damaged one counts; other archives and
+    files that a killed process left incomplete do not.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     if re.search(r"\.unfinished-\d+$", str(path)) or _start(path) != _ZIP_START:
         return False
@@ -153,7 +151,7 @@ def _start(path):
 
 
 def _unreadable(path, reason):
-    reason = " ".join(str(reason).split())  # may quote what the file holds, also ends of lines
+    reason = " ".join(str(reason).split())  # may quote the file's content, with line ends
     return CheckpointError(
         f"{path}: is damaged, or no checkpoint ({reason}); give another with --restore-file or "
         "--path. With --restore-fallback, fairseq-train takes the newest one that is whole"

@@ -1,4 +1,4 @@
-"""Which strata a checkpoint has, by the shapes of its gates."""
+"""The strata of a checkpoint, derived from the shapes of its gates."""
 
 import re
 
@@ -18,7 +18,8 @@ def gate_sizes(state_dict):
 
 
 def describe_gates(sizes):
-    """Layout in words: gates of one block see ever fewer experts in strata, their own in a stack."""
+    """The layout in words. In strata each gate sees fewer experts than the one before; in a stack
+    each gate sees its own experts only."""
     if not sizes:
         return "no experts"
     if len(sizes) > 1 and any(a <= b for a, b in zip(sizes, sizes[1:])):

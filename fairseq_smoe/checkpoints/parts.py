@@ -1,13 +1,14 @@
-"""The parts of a checkpoint that hold the experts, where several processes share them.
+"""The parts of a checkpoint that hold the experts, if several ranks share them.
 
-A checkpoint is one file, ``checkpoint_last.pt``, in fairseq's format. Where R ranks share the
-experts, it holds all but those and names a folder beside it, in which every rank has written its
-own: ``experts-UPDATES-NUMBER/part-r-of-R.pt``. Part r has the experts r, r + R, r + 2R, ... of
-every block, and what the optimizer keeps of them. Copies of the file name the same folder.
+A checkpoint is one file, ``checkpoint_last.pt``, in fairseq's format. If R ranks share the experts,
+this file has everything but the experts, and names a folder beside it to which every rank has
+written its own: ``experts-UPDATES-NUMBER/part-r-of-R.pt``. Part r has the experts r, r + R,
+r + 2R, ... of every block and the optimizer's state of them. Copies of the file name the same
+folder.
 
-A part is ``{"model": {parameter: (E / R, ...)}, "optimizer": {number: {name: (E / R, ...)}}}``,
-where a number is that of a parameter in the optimizer's state. ``"place"`` says where it belongs,
-so that one in the place of another is found out.
+A part is ``{"model": {parameter: (E / R, ...)}, "optimizer": {number: {name: (E / R, ...)}}}``. The
+number is that of a parameter in the optimizer's state. ``"place"`` is the folder and name of the
+part, so that a part copied to a wrong place is detected.
 """
 
 import logging
@@ -29,7 +30,7 @@ REFERENCE = "expert_parts"  # in the checkpoint: {"folder": name, "parts": R}
 NAMES = "trained_parameters"  # in the checkpoint: names, in the order of the optimizer's state
 _PLACE = "place"  # in a part: [folder, its name]
 _FOLDER_NAME = re.compile(r"experts-\d+-[0-9a-f]+")
-# what experts have in common is in a module below theirs, and has one more name
+# parameters that experts have in common are in a submodule, and have one more name
 _EXPERT_PARAMETER = re.compile(r"\.expert_block\.(block\.)*experts\.[^.]+$")
 
 
@@ -39,11 +40,11 @@ def is_expert_parameter(name):
 
 
 class Parted:
-    """A tensor (E, ...) over all experts, of which every part has some entries.
+    """A tensor (E, ...) over all experts whose entries are spread over parts.
 
     Args:
-        tensors: part r of R has the entries r, r + R, r + 2R, ...
-        checks: for every part, what is called before one of its entries is used, and may raise.
+        tensors: one per part; part r of R has the entries r, r + R, r + 2R, ...
+        checks: one function per part, called before an entry of the part is used; it may raise.
     """
 
     def __init__(self, tensors, checks):
@@ -60,7 +61,7 @@ class Parted:
         return taken
 
     def entry(self, e):
-        """That of one expert, as it is in the file."""
+        """The entry of one expert, mapped from the file."""
         self._checks[e % len(self.tensors)]()
         return self.tensors[e % len(self.tensors)][e // len(self.tensors)]
 
@@ -69,16 +70,16 @@ class Parted:
 
 
 def read_checkpoint(path, checked=True):
-    """A checkpoint as fairseq wrote it; where its experts are in parts, their tensors are
-    :class:`Parted`, and take no memory until they are used.
+    """Read a checkpoint. Experts in parts become :class:`Parted` tensors, which take no memory
+    until they are used.
 
     Args:
-        checked: whether to compare the checksums of all parts first; else those of a part when it
-            is used, as a rank needs one of many.
+        checked: whether to compare the checksums of all parts first. Otherwise those of a part are
+            compared when it is used, because a rank needs only one of many parts.
 
     Raises:
-        CheckpointError: see :func:`~fairseq_smoe.checkpoints.files.read`; or it holds no model; or
-            a part is missing, or not one of its own.
+        CheckpointError: see :func:`~fairseq_smoe.checkpoints.files.read`; or the file has no model;
+            or a part is missing or belongs to another checkpoint.
     """
     state = files.read(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -103,10 +104,10 @@ def read_checkpoint(path, checked=True):
 
 
 def _read_parts(path, paths):
-    """The parts of the checkpoint at ``path``, whose checksums are not compared."""
+    """The parts of the checkpoint at ``path``, without comparing their checksums."""
     parts = [files.read(part, checked=False) for part in paths]
     for part, file in zip(parts, paths):
-        place = part.pop(_PLACE, None)  # versions before wrote none
+        place = part.pop(_PLACE, None)  # earlier versions wrote none
         if place not in (None, [file.parent.name, file.name]) or _shapes(part) != _shapes(parts[0]):
             raise CheckpointError(
                 f"{file}: is no part of {path}, but of another checkpoint; copy the folder "
@@ -122,7 +123,7 @@ def _shapes(part):
 
 
 def part_paths(path, reference):
-    """Files of the experts of the checkpoint at ``path``, which may be a symbolic link.
+    """The files with the experts of the checkpoint at ``path``, which may be a symbolic link.
 
     Raises:
         CheckpointError: not all of them are there.
@@ -141,7 +142,7 @@ def part_paths(path, reference):
 
 
 def write_part(part, folder, rank, size):
-    """Write what :func:`take_experts` has taken out of a rank's state.
+    """Write a part: what :func:`take_experts` has taken out of a rank's state.
 
     Args:
         folder: of the checkpoint's parts.
@@ -158,26 +159,26 @@ def part_name(rank, size):
 
 
 def new_folder_name(num_updates):
-    """One that no other checkpoint has, of the same update neither."""
+    """A name that no other checkpoint has, not even one of the same update."""
     return f"experts-{num_updates}-{secrets.token_hex(5)}"
 
 
 def num_updates(state):
-    """Updates that a checkpoint has made, as far as it says so."""
+    """Number of updates of a checkpoint, if it is recorded."""
     return (state.get("optimizer_history") or [{}])[-1].get("num_updates", 0)
 
 
 def take_experts(state):
-    """Take all that belongs to experts out of a checkpoint's state.
+    """Take everything that belongs to experts out of a checkpoint's state.
 
     Args:
-        state: loses what is taken.
+        state: is changed; the experts' entries are removed.
 
     Returns:
         The content of a part.
     """
     model = {name: state["model"][name] for name in state["model"] if is_expert_parameter(name)}
-    state["model"] = copy(state["model"])  # with what torch has noted of its modules
+    state["model"] = copy(state["model"])  # with torch's metadata of its modules
     for name in model:
         del state["model"][name]
     optimizer = {}
@@ -192,16 +193,16 @@ def take_experts(state):
 
 @torch.no_grad()
 def load_experts(model, state_dict, group=None):
-    """Load those of a checkpoint's experts that a model holds.
+    """Load the experts that a model holds from a checkpoint.
 
-    One by one, straight from the files: the memory of a second model is not needed.
+    They are copied one by one from the files, so that no memory for a second model is needed.
 
     Args:
         state_dict: with tensors over all experts, or :class:`Parted`.
         group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that shares the model's experts.
 
     Returns:
-        ``state_dict`` with the model's own tensors in the place of those.
+        ``state_dict`` with the model's own tensors in place of the experts'.
     """
     state_dict, parameters = copy(state_dict), model.state_dict()
     for name in filter(is_expert_parameter, parameters):
@@ -209,7 +210,7 @@ def load_experts(model, state_dict, group=None):
         if isinstance(value, Parted):
             numbers = group.share(range(len(value))) if group else range(len(value))
             if (len(numbers), *value.shape[1:]) != own.shape:
-                state_dict[name] = value[:]  # for torch to say what is wrong
+                state_dict[name] = value[:]  # torch reports the mismatch
                 continue
             for entry, e in zip(own, numbers):
                 entry.copy_(value.entry(e))
@@ -220,12 +221,12 @@ def load_experts(model, state_dict, group=None):
 
 
 def is_stacked(value, num_experts):
-    """Whether something the optimizer keeps of experts has an entry for each."""
+    """Whether an entry of the optimizer's state is a tensor over all experts."""
     return isinstance(value, (torch.Tensor, Parted)) and value.shape[:1] == (num_experts,)
 
 
 def whole(state):
-    """Make one tensor of every :class:`Parted` of a checkpoint; in place.
+    """Replace every :class:`Parted` of a checkpoint by one tensor, in place.
 
     Returns:
         The state.
@@ -239,12 +240,12 @@ def whole(state):
 
 
 def remove_unused_folders(folder, names=None):
-    """Remove the experts that no checkpoint in the folder names any more.
+    """Remove folders of experts that no checkpoint in ``folder`` refers to any more.
 
-    Where a checkpoint cannot be read, nothing is removed.
+    If a checkpoint cannot be read, nothing is removed.
 
     Args:
-        names: only these; None for all.
+        names: consider only these folders; None for all.
     """
     present = [path for path in Path(folder).iterdir() if _FOLDER_NAME.fullmatch(path.name)]
     unused = {path.name for path in present if names is None or path.name in names}
@@ -262,7 +263,7 @@ def named_folder(path):
     """Name of the folder with the parts of a checkpoint.
 
     Returns:
-        None for a checkpoint in one piece, and for whatever is no checkpoint.
+        None for a checkpoint in one file, and for a file that is no checkpoint.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Checkpoints made of others."""
+"""Making checkpoints from others: stripped, in parts, averaged."""
 
 import re
 import shutil
@@ -26,20 +26,20 @@ _AT_END = re.compile(r"checkpoint(\d+)\.pt")
 
 
 def stripped(state):
-    """A checkpoint to translate with, or to start another training from: in one piece, without
-    what the optimizer keeps."""
+    """A checkpoint in one file without the optimizer's state, to translate with or to start another
+    training from."""
     state.pop("last_optimizer_state", None)
     return whole(state)
 
 
 def write_in_parts(state, num_parts, path):
-    """Write a checkpoint whose experts are in parts in a folder beside it.
+    """Write a checkpoint with its experts in parts in a folder beside it.
 
-    One part after another, so that no more than one is in memory.
+    The parts are written one after another, so that only one is in memory.
 
     Raises:
-        OptionError: the experts cannot be shared by so many, or it is not known what the
-            optimizer's state belongs to.
+        OptionError: the number of experts is not divisible by ``num_parts``, or the checkpoint does
+            not record which parameters the optimizer's state belongs to.
         DiskFullError: the file that was there, if any, is untouched.
     """
     path = Path(path)
@@ -68,10 +68,10 @@ def write_in_parts(state, num_parts, path):
 
 
 def averaged(paths):
-    """A checkpoint whose parameters are the means of those of several; the rest, without the
-    optimizer's state, is that of the last.
+    """A checkpoint whose parameters are the means of several. Everything else is that of the last
+    one, without the optimizer's state.
 
-    Sums are in float32 at least. Parameters that share memory go on doing so.
+    Sums are in float32 at least. Parameters that share memory still do so.
 
     Raises:
         OptionError: the checkpoints hold different parameters.
@@ -95,7 +95,7 @@ def averaged(paths):
 
 
 def _fractions(model):
-    """What has a mean; whole numbers count or number something."""
+    """The tensors to average: floating point only, as integers are counts or indices."""
     tensors = {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
@@ -114,7 +114,8 @@ def last_checkpoints(folder, number, epochs=False):
     """The last checkpoints of a training, oldest first.
 
     Args:
-        epochs: those of ends of epochs, in the place of those in between where there are any.
+        epochs: take the checkpoints at ends of epochs. Otherwise those in between are taken, if
+            there are any.
 
     Raises:
         OptionError: there are fewer.
@@ -135,8 +136,8 @@ def last_checkpoints(folder, number, epochs=False):
 
 
 def _entries(taken, experts):
-    """A part of what :func:`take_experts` has returned."""
+    """The entries of some experts in what :func:`take_experts` has returned."""
     if isinstance(taken, dict):
         return {name: _entries(value, experts) for name, value in taken.items()}
-    # a view would take all of what it is a view of along into the file
+    # torch.save would write the whole tensor that a view belongs to
     return taken[experts] if isinstance(taken, Parted) else taken[experts].clone()

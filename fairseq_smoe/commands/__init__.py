@@ -1,1 +1,1 @@
-"""The commands of ``python -m fairseq_smoe``, a file each: arguments and one call."""
+"""The commands of ``python -m fairseq_smoe``, one file each: its arguments and one call."""

@@ -1,8 +1,9 @@
-"""What the experts of a trained model do, per direction, block, expert, stratum and token type.
+"""Count what the experts of a trained model do, per direction, block, expert, stratum and token
+type.
 
-Goes over a data set in teacher-forced passes and writes CSV files into RUN/analysis/SUBSET/. A
-token of the encoder is one of the source, with its language token and end of sentence; a token of
-the decoder is the input at a position, i.e. the target shifted by one. Padding does not count.
+Runs teacher-forced passes over a data set and writes CSV files into RUN/analysis/SUBSET/. Encoder
+tokens are those of the source, with its language token and end of sentence. Decoder tokens are the
+decoder's input, i.e. the target shifted by one. Padding does not count.
 """
 
 import warnings
@@ -32,7 +33,7 @@ def add_arguments(parser):
         "--directions",
         type=comma_separated,
         metavar="A-B,...",
-        help="some directions only (default: all)",
+        help="analyse these directions only (default: all)",
     )
     parser.add_argument(
         "--max-sentences",
@@ -46,7 +47,7 @@ def add_arguments(parser):
         type=int,
         default=4096,
         metavar="N",
-        help="of a batch; the results do not depend on it (default: %(default)s)",
+        help="tokens per batch; the results do not depend on it (default: %(default)s)",
     )
     parser.add_argument(
         "--types",

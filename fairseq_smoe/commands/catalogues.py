@@ -1,6 +1,6 @@
-"""Gettext catalogues of installed or unpacked packages to a small parallel corpus.
+"""Turn gettext catalogues of installed or unpacked packages into a small parallel corpus.
 
-Writes ``{train,valid,test}.en-XX.en`` and ``.XX`` for every language XX, one sentence a line.
+Writes ``{train,valid,test}.en-XX.en`` and ``.XX`` for every language XX, one sentence per line.
 """
 
 from pathlib import Path

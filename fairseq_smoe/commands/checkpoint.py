@@ -1,4 +1,4 @@
-"""Look at checkpoints, and make others of them: whole, in parts, averaged, without optimizer."""
+"""Inspect checkpoints, and make others from them: merged, split, averaged, stripped."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def add_arguments(parser):
     sub = add("merge", "put the parts of a checkpoint into one file, to move or to share", merge)
     _add_files(sub)
 
-    sub = add("split", "put the experts into parts, as so many processes would have written", split)
+    sub = add("split", "put the experts into parts, as N processes would have written them", split)
     _add_files(sub)
     sub.add_argument("--parts", type=int, required=True, help="a divisor of the number of experts")
 
@@ -62,7 +62,7 @@ def add_arguments(parser):
 
 def run(args):
     output = getattr(args, "output", None)
-    if output is not None and output.is_dir():  # found before the work is done
+    if output is not None and output.is_dir():  # detect it before the work is done
         raise OptionError(f"{output}: is a folder; give the name of a file in it")
     try:
         args.run_action(args)
@@ -121,7 +121,7 @@ def average(args):
 
 
 def _write(write, state, path):
-    """Write a checkpoint, and remove the experts of one that was in its place."""
+    """Write a checkpoint, and remove the experts of the one that it replaces."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = None
     with contextlib.suppress(CheckpointError):  # it may be damaged

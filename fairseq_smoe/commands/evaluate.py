@@ -1,6 +1,6 @@
 """Translate a model's test sets in all directions and score them, loading the model once.
 
-What is done is skipped: an interrupted call goes on where it was.
+Skips what is already done, so that an interrupted call continues where it stopped.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def add_arguments(parser):
         help="each translates directions of its own (default: one per GPU; without a GPU one "
         "per core, at most 8)",
     )
-    group.add_argument("--cpu", action="store_true", help="do not use a GPU that is there")
+    group.add_argument("--cpu", action="store_true", help="do not use GPUs")
     group.add_argument("--fp16", action="store_true", help="on a GPU: half precision")
     add_scoring_options(parser)
     parser.add_argument("--no-score", action="store_true", help="only translate")
@@ -66,7 +66,7 @@ def _positive(text):
 
 
 def run(args):
-    # whatever can be wrong here is found before fairseq is imported, which takes seconds
+    # check the options before fairseq is imported, which takes seconds
     training = find_training(args)
     checkpoint = find_checkpoint(args, training)
     if args.fp16 and args.cpu:
@@ -79,6 +79,6 @@ def run(args):
     try:
         evaluate(args, training, checkpoint)
     except KeyboardInterrupt:
-        # fairseq's half-made datasets would complain when they are taken apart
+        # fairseq's incomplete datasets would complain when they are destroyed
         sys.unraisablehook = lambda unraisable: None
         raise

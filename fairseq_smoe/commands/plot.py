@@ -1,8 +1,8 @@
-"""Pictures of what a run has: requested capacity per direction, layer and token type, experts per
-language, strata, and training curves of all runs together.
+"""Draw requested capacity per direction, layer and token type, experts per language, strata, and
+the training curves of all runs together.
 
-Reads RUN/analysis/SUBSET/*.csv, which `analyse` writes, and RUN/train.log. Every picture has the
-CSV file that it shows beside it.
+Reads RUN/analysis/SUBSET/*.csv, which `analyse` writes, and RUN/train.log. The numbers of every
+picture are written beside it as CSV.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ def add_arguments(parser):
         "--subset",
         type=comma_separated,
         metavar="NAME,...",
-        help="of the analysis (default: all that the run has)",
+        help="analysed data sets to draw (default: all that the run has)",
     )
     parser.add_argument(
         "--to",

@@ -1,7 +1,7 @@
-"""Parallel text to a folder that ``fairseq-train --task smoe_translation`` reads.
+"""Turn parallel text into a folder that ``fairseq-train --task smoe_translation`` reads.
 
-Steps: fetch, verify, clean, sentencepiece, encode, binarise, report. What is complete is skipped,
-so that an interrupted call goes on where it was.
+Steps: fetch, verify, clean, sentencepiece, encode, binarise, report. Skips what is
+complete, so that an interrupted call continues where it stopped.
 """
 
 from fairseq_smoe.preparation.options import add_arguments  # noqa: F401

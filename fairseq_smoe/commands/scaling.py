@@ -1,4 +1,4 @@
-"""What ranks send and hold when they share experts, by formulas."""
+"""Compute what ranks send and hold when they share experts."""
 
 from fairseq_smoe.accounting.scaling_table import scaling_table
 from fairseq_smoe.benchmarks import benchmark as benchmarks
@@ -14,7 +14,7 @@ def add_arguments(parser):
         help=f"{', '.join(benchmarks.NAMES)}, or a .json file of your own (default: %(default)s)",
     )
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help="as in smoe-4-12 (default: all of the benchmark)"
+        "rows", nargs="*", metavar="ROW", help="such as smoe-4-12 (default: all of the benchmark)"
     )
     parser.add_argument(
         "--ranks",
@@ -22,7 +22,7 @@ def add_arguments(parser):
         nargs="+",
         default=[8, 32, 256],
         metavar="W",
-        help="processes that train side by side, one per GPU (default: 8 32 256)",
+        help="processes that train together, one per GPU (default: 8 32 256)",
     )
     parser.add_argument(
         "--expert-parallel-size",
@@ -36,19 +36,20 @@ def add_arguments(parser):
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of a rank and a step, of the source and of the target (default: %(default)s)",
+        help="source tokens, and target tokens, of a rank per step (default: %(default)s)",
     )
     parser.add_argument(
-        "--update-freq", type=int, default=1, metavar="N", help="steps until an update (default: 1)"
+        "--update-freq", type=int, default=1, metavar="N", help="steps per update (default: 1)"
     )
     parser.add_argument(
         "--bytes",
         type=int,
         choices=(2, 4),
         default=2,
-        help="of an activation or gradient: 2 with --fp16 or --bf16, else 4 (default: %(default)s)",
+        help="bytes of an activation or gradient: 2 with --fp16 or --bf16, else 4 (default: "
+        "%(default)s)",
     )
-    parser.add_argument("--checkpoint-activations", action="store_true", help="as of fairseq-train")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="as in fairseq-train")
 
 
 def run(args):

@@ -25,7 +25,7 @@ def add_arguments(parser):
         help=f"{', '.join(benchmarks.NAMES)} or a .json file like theirs, or folders of runs that "
         "are evaluated",
     )
-    parser.add_argument("--paper", action="store_true", help="the paper's table alone")
+    parser.add_argument("--paper", action="store_true", help="print only the paper's table")
     parser.add_argument(
         "--runs",
         type=Path,
@@ -34,13 +34,13 @@ def add_arguments(parser):
         help="where train keeps the runs of benchmarks (default: %(default)s)",
     )
     parser.add_argument(
-        "--scale", choices=SCALES, default="paper", help="of the runs (default: %(default)s)"
+        "--scale", choices=SCALES, default="paper", help="scale of the runs (default: %(default)s)"
     )
-    parser.add_argument("--subset", default="test", help="evaluated (default: %(default)s)")
+    parser.add_argument("--subset", default="test", help="test set (default: %(default)s)")
     parser.add_argument(
         "--metric",
         metavar="METRIC",
-        help=f"{', '.join(METRICS)} (default: that of the paper's table; bleu for RUN ...)",
+        help=f"{', '.join(METRICS)} (default: the metric of the paper's table; bleu for RUN ...)",
     )
     parser.add_argument(
         "--baseline",
@@ -52,7 +52,7 @@ def add_arguments(parser):
         "--no-tests", action="store_true", help="no tests of significance, which take a while"
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="only runs with these (default: all)"
+        "--seeds", type=int, nargs="+", metavar="N", help="runs of these seeds only (default: all)"
     )
     add_tokenizer_option(parser)
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Train a row of one of the paper's tables: builds the fairseq-train command, prints and runs it.
 
-Every option that is not listed here goes to fairseq-train, and overrides what the benchmark says.
-The same command again goes on from the last checkpoint.
+Every option that is not listed here is passed to fairseq-train, and overrides the benchmark's. To
+resume from the last checkpoint, run the same command.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ PASSES_ON_OPTIONS = True
 
 
 def add_arguments(parser):
-    parser.epilog = "All other options go to fairseq-train; they stand behind BENCHMARK ROW."
+    parser.epilog = "All other options are passed to fairseq-train; give them behind BENCHMARK ROW."
     add_row_arguments(parser)
     parser.add_argument(
         "--data",
@@ -35,10 +35,10 @@ def add_arguments(parser):
         type=int,
         default=4096,
         metavar="N",
-        help="tokens that a process takes at a time at most, as its memory allows; the steps until "
+        help="most tokens that a process takes at a time, as its memory allows; the steps until "
         "an update (--update-freq) follow from it (default: %(default)s)",
     )
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU that is there")
+    parser.add_argument("--cpu", action="store_true", help="do not use GPUs")
     parser.add_argument(
         "--fp32", action="store_true", help="on a GPU: full precision; the default is --fp16"
     )
@@ -48,7 +48,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    # whatever can be wrong here is found before fairseq is imported, which takes seconds
+    # check the options before fairseq is imported, which takes seconds
     training = plan_training(args)
     fairseq_smoe.register()
     training.start(args.dry_run)

@@ -5,7 +5,7 @@ import warnings
 
 
 def set_up_fairseq():
-    """Import fairseq without what it says to developers, and make the plugin known to it."""
+    """Import fairseq without its messages for developers, and register the plugin."""
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Batches as large as the memory takes."""
+"""Batches as large as memory allows."""
 
 import torch
 
@@ -6,10 +6,10 @@ from fairseq_smoe.errors import OptionError
 
 
 class TokenBudget:
-    """How many source tokens, padding included, go through the model at a time.
+    """Size of batches: source tokens, padding included.
 
     Attributes:
-        tokens: halved, once and for all, when a batch did not fit into the GPU's memory.
+        tokens: the size; halved for good when a batch does not fit into the GPU's memory.
     """
 
     def __init__(self, tokens):
@@ -41,6 +41,6 @@ class TokenBudget:
                         f"a sentence of {longest} tokens does not fit into the GPU's memory; "
                         "lower --beam, give --fp16, or --cpu"
                     ) from None
-            # only here, behind the except block, is the failed batch let go of
+            # the failed batch is only freed here, behind the except block
             torch.cuda.empty_cache()
             self.tokens = longest * (len(batch) // 2)

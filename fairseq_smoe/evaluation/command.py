@@ -1,4 +1,4 @@
-"""The steps of ``python -m fairseq_smoe evaluate``; ``set_up_fairseq`` has been called."""
+"""The steps of ``python -m fairseq_smoe evaluate``. ``set_up_fairseq`` has to be called before."""
 
 import os
 from contextlib import ExitStack
@@ -28,7 +28,7 @@ from fairseq_smoe.evaluation.test_set import find_test_sets
 from fairseq_smoe.evaluation.translator import Settings, Translator
 from fairseq_smoe.evaluation.workers import translate_in_turn, translate_side_by_side
 
-CPU_TOKENS = 12000  # source tokens of a batch; fewer and many more were slower
+CPU_TOKENS = 12000  # source tokens of a batch; fewer, and many more, were slower
 GPU_TOKENS = 65536  # to begin with
 MOST_CPU_PROCESSES = 8  # unless asked for more: each needs memory for its batches
 
@@ -98,8 +98,8 @@ def load_translator(checkpoint, data, directions, settings, device, tokens):
 
 
 def _devices(args):
-    """A device for every process. Without GPUs, several processes of a few threads are faster than
-    one of many, because beam search is made of small steps.
+    """A device for every process. Without GPUs, several processes with few threads are faster than
+    one with many threads, because beam search consists of small steps.
 
     Raises:
         OptionError: half precision without a GPU.
@@ -110,7 +110,7 @@ def _devices(args):
             raise OptionError("--fp16: needs a GPU, and none is in use; leave it out")
         processes = args.processes or min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
         if processes > 1:
-            # a pool of threads that is there before a fork stands still behind it
+            # a thread pool that exists before a fork does not work in the child
             torch.set_num_threads(1)
         return [torch.device("cpu")] * processes
     return [torch.device("cuda", i % gpus) for i in range(args.processes or gpus)]
@@ -120,7 +120,7 @@ def _directions(args, benchmark, saved):
     """The directions to translate, in order.
 
     Raises:
-        OptionError: one is not written as it should be, or the model does not know its languages.
+        OptionError: a direction is malformed, or the model does not know its languages.
     """
     if not args.directions:
         return benchmark.directions() if benchmark else trained_directions(saved)
@@ -153,7 +153,7 @@ def _side_by_side(model, task, settings, devices, tokens, saved, directions):
         # forks share the model's memory
         translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
         cores = len(os.sched_getaffinity(0))
-        threads = max(1, cores // len(devices))  # with more, they wait for each other
+        threads = max(1, cores // len(devices))  # with more threads, they wait for each other
         if asked := os.environ.get("OMP_NUM_THREADS"):
             threads = min(threads, int(asked.split(",")[0]))
         make = [partial(_with_threads, translator, threads)] * len(devices)

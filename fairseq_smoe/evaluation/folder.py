@@ -1,4 +1,4 @@
-"""RUN/evaluation/SUBSET: the translations of each direction, and what they were made from."""
+"""RUN/evaluation/SUBSET: the translations of each direction, with checkpoint and settings."""
 
 import json
 import sys
@@ -16,10 +16,10 @@ TEXT_FILES = ("hyp.pieces", "hyp.txt", "ref.pieces", "ref.txt", "src.txt")
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """Directions that are translated, each complete or not there.
+    """The folder of translations; each direction is complete or absent.
 
-    ``{direction}.json`` is written last: with the right number of lines in all files and equal
-    ``origin`` it says that a direction is done.
+    ``{direction}.json`` is written last. A direction is done if this file exists with the same
+    ``origin``, and all files have the right number of lines.
 
     Attributes:
         path: the folder.
@@ -31,7 +31,7 @@ class EvaluationFolder:
 
     @contextmanager
     def for_this_process_alone(self):
-        """Hold the folder.
+        """Lock the folder.
 
         Raises:
             OptionError: another process holds it.
@@ -53,7 +53,7 @@ class EvaluationFolder:
             yield
 
     def is_done(self, test_set, sentences):
-        """Whether a direction is translated as wanted; says why if it has been, but differently."""
+        """Whether a direction is done. Prints the reason if it was translated, but differently."""
         facts = self._facts(test_set.direction)
         if facts is None:
             return False
@@ -77,14 +77,14 @@ class EvaluationFolder:
         return True
 
     def forget(self, direction):
-        """From now on the direction is not done, and the scores are not those of the folder."""
-        # the scores first: killed in between, a folder must not have those of other translations
+        """Mark a direction as not done, and remove the scores of the folder."""
+        # the scores first: if killed in between, they must not stay beside other translations
         for name in (SCORES_FILE, f"{direction}.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def forget_others(self, directions):
-        """Take translations of other origin, which scores must not mix, out of the folder's
-        directions."""
+        """Mark other directions as not done if they are of another origin: scores must not mix
+        them."""
         for path in self.path.glob("*-*.json"):
             facts = self._facts(path.stem)
             if path.stem not in directions and facts is not None:
@@ -136,7 +136,7 @@ class EvaluationFolder:
 
 
 def say(line):
-    """A line for people, above the progress bar if there is one."""
+    """Print a line, above the progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(line, file=sys.stderr)

@@ -1,14 +1,14 @@
-"""fairseq's beam search without the work that nobody reads the results of."""
+"""fairseq's beam search without work whose results are not used."""
 
 from fairseq.sequence_generator import EnsembleModel
 
 
 class LeanBeamModel(EnsembleModel):
-    """What a ``SequenceGenerator`` asks of a model, for translations without word alignment.
+    """A model for ``SequenceGenerator``, for translations without word alignment.
 
-    The hypotheses are those of :class:`EnsembleModel`. fairseq's generator keeps the attention of
-    every hypothesis over the source at every step, and sorts it anew each time, for alignments;
-    and sorts the encoder's output by beam, though the beams of a sentence have the same.
+    The hypotheses are those of :class:`EnsembleModel`. For alignments, fairseq's generator keeps
+    the attention of every hypothesis over the source, and reorders it at every step. It also
+    reorders the encoder's output by beam, although all beams of a sentence have the same one.
     """
 
     def forward_decoder(self, *args, **kwargs):
@@ -17,15 +17,15 @@ class LeanBeamModel(EnsembleModel):
         return log_probs, None
 
     def reorder_encoder_out(self, encoder_outs, new_order):
-        """(S, B, D) states of the encoder for the rows ``new_order``; the rows that go on are of
-        the same sentences in the same order unless a sentence is finished and leaves."""
+        """Encoder states (S, B, D) of the rows ``new_order``. They only change when a sentence is
+        finished: until then the rows are of the same sentences in the same order."""
         rows = encoder_outs[0]["encoder_out"][0].size(1)
         if rows == len(new_order):
             return encoder_outs
         return super().reorder_encoder_out(encoder_outs, new_order)
 
     def set_decoder_beam_size(self, beam_size):
-        """Let the beams of a sentence share the keys and values of their attention to the source.
-        fairseq means to, but looks for the method at the model, where only the decoder has it."""
+        """Let the beams of a sentence share the keys and values of the attention to the source.
+        fairseq intends this, but calls the method on the model, and only the decoder has it."""
         for model in self.models:
             model.decoder.set_beam_size(beam_size)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the row of the paper's table that it is taken for."""
+"""Check that a checkpoint belongs to the row of the paper's table that was named."""
 
 from dataclasses import fields
 
@@ -35,7 +35,7 @@ def check_row(benchmark, row, scale, saved):
 
 
 def _routing(options):
-    """``{option: value}``, with --moe-expert-count 8 and --smoe-strata 8 made the same."""
+    """``{option: value}``; --moe-expert-count 8 is turned into --smoe-strata 8."""
     values = {
         field.name: getattr(options, field.name, field.default)
         for field in fields(RoutingOptions)

@@ -1,4 +1,4 @@
-"""A checkpoint: what it is, what it was trained with, and the model in it."""
+"""A checkpoint as a model to evaluate: its identity, its training options, and the model."""
 
 import hashlib
 import zipfile
@@ -20,7 +20,7 @@ class SavedModel:
 
     Attributes:
         path: its file.
-        state: as fairseq read it, with ``cfg`` whatever the version that wrote it.
+        state: as fairseq read it; it has ``cfg``, whatever version wrote it.
     """
 
     path: Path
@@ -52,7 +52,8 @@ class SavedModel:
         return sorted({language for pair in pairs for language in pair.split("-")})
 
     def build(self, directions):
-        """``(model, task)`` for some directions; can be done once, as the state is let go of.
+        """``(model, task)`` for some directions. Can be called only once, because it frees the
+        state.
 
         Raises:
             OptionError: the vocabulary of the data folder is not the model's.
@@ -107,7 +108,7 @@ def read_saved_model(path, data=None):
 
 
 def identify(path):
-    """What tells a checkpoint from another, without reading all of it.
+    """The identity of a checkpoint, without reading all of it.
 
     Returns:
         ``{"file", "size", "contents"}``; ``contents`` is a hash of the checksums of all parts.

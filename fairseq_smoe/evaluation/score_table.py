@@ -1,4 +1,4 @@
-"""What ``scores.json`` holds, for the terminal."""
+"""The content of ``scores.json`` as a table for the terminal."""
 
 from fairseq_smoe.text_table import aligned
 

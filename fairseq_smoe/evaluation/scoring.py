@@ -54,7 +54,7 @@ def score_folder(folder, args, extra):
     Args:
         folder: RUN/evaluation/SUBSET, with ``{direction}.json`` for every translated direction.
         args: options of :func:`add_scoring_options`.
-        extra: facts to add to the file, or to put in the place of those found here.
+        extra: facts to add to the file; they replace those found here.
 
     Returns:
         what was written.
@@ -161,7 +161,7 @@ def read_directions(folder):
 
 
 def choose_metrics(args):
-    """Names of the metrics that are asked for, or that can be computed here."""
+    """Names of the requested metrics, or by default of all that can be computed here."""
     chosen = list(dict.fromkeys(args.metrics or METRICS[:-1]))
     if not args.metrics and not args.flores200_spm:
         if not translation_metrics.has_flores200_model():
@@ -179,7 +179,7 @@ def choose_metrics(args):
 
 
 def make_metric(name, flores200_spm=None, language_token=True):
-    """The metric of a name, see ``translation_metrics.py``; all but comet."""
+    """The metric with this name (``translation_metrics.py``); not comet."""
     if name == "piece-bleu":
         return translation_metrics.PieceBleu(language_token)
     if name == "bleu":
@@ -200,7 +200,7 @@ def _sides(capacity):
 
 
 def _run_facts(folder):
-    """What run.json tells, and the run's name."""
+    """The content of run.json, and the run's name."""
     run = read_run(folder.resolve().parent.parent)
     facts = {key: run.facts.get(key) for key in ("benchmark", "row", "scale", "seed", "data")}
     return {**facts, "name": run.name}

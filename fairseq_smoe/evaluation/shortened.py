@@ -1,12 +1,13 @@
-"""Sentences no longer than a model takes."""
+"""Cutting sentences that are longer than a model takes."""
 
 import torch
 
 
 class ShortenedDataset:
-    """A data set of fairseq whose overlong sources lose their ends, but for the last token.
+    """A fairseq data set whose overlong sources are cut in front of their last token.
 
-    fairseq-generate stops at such a sentence; a whole test set need not stay untranslated for it.
+    fairseq-generate ends with an error at such a sentence. Here the rest of the test set is
+    translated.
 
     Args:
         dataset: its items have ``source``, (S,) int64 with the end of sentence last.
@@ -29,7 +30,7 @@ class ShortenedDataset:
 
     @property
     def num_shortened(self):
-        """Sentences that lose their ends."""
+        """Number of sentences that are cut."""
         return sum(int(self._dataset.size(i)[0]) > self._longest for i in range(len(self)))
 
     def source_sizes(self):

@@ -21,7 +21,7 @@ class TestSet:
         folder: the data folder.
         subset: ``"test"``
         direction: ``"de-en"``
-        pair: how the files are called: ``"en-de"`` or ``"de-en"``.
+        pair: the pair in the files' names: ``"en-de"`` or ``"de-en"``.
     """
 
     folder: Path
@@ -31,7 +31,8 @@ class TestSet:
 
     @property
     def source(self):
-        """Path of the source side; with .bin and .idx, the binarised files, with .txt, its text."""
+        """Path of the source side without ending; .bin and .idx are the binarised files, .txt the
+        text."""
         return self.folder / f"{self.subset}.{self.pair}.{self.direction.split('-')[0]}"
 
     @property
@@ -43,12 +44,12 @@ class TestSet:
         """Number of sentences.
 
         Raises:
-            OptionError: a reference is empty, or the text has other lines than the binarised file.
+            OptionError: a reference is empty, or the text and the binarised file differ in length.
         """
         dataset = indexed_dataset.MMapIndexedDataset(str(self.target))
-        lengths = dataset.sizes.tolist()  # a copy: its memory is gone with the dataset
+        lengths = dataset.sizes.tolist()  # a copy, because the dataset's memory is unmapped
         for number, length in enumerate(lengths, start=1):
-            if length <= 1:  # nothing in front of the end of the sentence
+            if length <= 1:  # the sentence has no tokens but its end
                 raise OptionError(_empty(f"{self.target}.bin", "sentence", number))
         for path in (self.source, self.target):
             lines = read_text(path)
@@ -79,7 +80,8 @@ class TestSet:
             sources, references: pieces of every sentence, for a data folder without text.
 
         Returns:
-            ``(source lines, reference lines, unknown pieces in references for want of text)``
+            ``(source lines, reference lines, number of unknown pieces in the references)``; the
+            number is 0 if the data folder has text.
         """
         unknown = 0
         lines = read_text(self.target)
@@ -97,7 +99,7 @@ def find_test_sets(folder, subset, directions, optional=False):
         optional: leave out directions without files.
 
     Raises:
-        OptionError: there are none of a direction, or with ``optional``, of all.
+        OptionError: a direction has no files; with ``optional``, no direction has any.
     """
     folder = Path(folder)
     present = find_pairs(folder, subset)
@@ -114,7 +116,7 @@ def find_test_sets(folder, subset, directions, optional=False):
 
 
 def read_text(side):
-    """Lines of the text of one side, ended by newlines and nothing else; None if there is none.
+    """Lines of the text of one side; only newlines end a line. None if there is no text.
 
     Raises:
         OptionError: it is no UTF-8 text.

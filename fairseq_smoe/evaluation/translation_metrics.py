@@ -1,8 +1,8 @@
-"""The scores of translations, each as a corpus score and as a function of counts per sentence.
+"""The metrics, each as a corpus score and as a function of counts per sentence.
 
-A metric's ``statistics`` are integers per sentence whose sums determine the corpus score; that is
-what makes resampling sentences cheap (``significance.py``). ``tolerance`` is by how much, of 100,
-the score of the sums may differ from the corpus score.
+A metric's ``statistics`` are integers per sentence whose sums determine the corpus score. This
+makes it cheap to resample sentences (``significance.py``). ``tolerance`` is the largest expected
+difference between the score of the sums and the corpus score, on a scale of 100.
 """
 
 import hashlib
@@ -17,25 +17,25 @@ from sacrebleu.utils import SACREBLEU_DIR
 
 from fairseq_smoe.errors import OptionError
 
-UNKNOWN = "<unk>"  # how fairseq writes a piece that its dictionary lacks
+UNKNOWN = "<unk>"  # fairseq's text for a piece that is not in the dictionary
 _END = "</s>"
 _MAX_ORDER = 4
 
 
 class PieceBleu:
-    """BLEU over SentencePiece pieces, as fairseq-generate prints it without --post-process: what
-    the scripts of the paper's authors read ("BLEU4 = ...").
+    """BLEU over SentencePiece pieces, as fairseq-generate prints it without --post-process ("BLEU4
+    = ..."). The scripts of the paper's authors read that line.
 
-    An unknown piece of a reference matches nothing. With a token of the target language in front
-    of the target, which fairseq's hypotheses and references then both begin with, fairseq counts
-    that token as a piece that is always right; so does this.
+    An unknown piece of a reference matches nothing. If the target starts with a token of the target
+    language, hypotheses and references both begin with it. fairseq counts it as a piece that is
+    always right, and so does this metric.
 
     Args:
         language_token: whether the model was trained with that token, as the authors' are.
     """
 
     suffix = "pieces"
-    # fairseq compares hashes of n-grams, and some are equal by chance: a few matches too many
+    # fairseq compares hashes of n-grams; a few are equal by chance, which gives too many matches
     tolerance = 0.05
 
     def __init__(self, language_token=True):
@@ -55,7 +55,7 @@ class PieceBleu:
 
         def number(line):
             pieces = self._split(line)
-            first_free = scorer.unk + 1  # the lower ones are fairseq's special symbols
+            first_free = scorer.unk + 1  # lower ids are fairseq's special symbols
             found = [numbers.setdefault(piece, first_free + len(numbers)) for piece in pieces]
             return torch.IntTensor([*found, scorer.eos])  # as fairseq's own; trimmed by the scorer
 
@@ -68,9 +68,9 @@ class PieceBleu:
         hypothesis of orders 1 to 4."""
         rows = []
         for hypothesis, reference in zip(hypotheses, references, strict=True):
-            # fairseq counts the end of a sentence where there is nothing else
+            # of an empty sentence, fairseq counts the end-of-sentence token
             ours = self._split(hypothesis) or [_END]
-            # None is no piece of ours
+            # None is not a piece
             right = [None if p == UNKNOWN else p for p in self._split(reference) or [_END]]
             found, total = [], []
             for order in range(1, _MAX_ORDER + 1):
@@ -163,7 +163,7 @@ def spbleu(model_file=None):
     metric = BLEU(tokenize="none")
     metric.tokenizer = tokenizer
     metric.tokenizer_signature = tokenizer.signature()
-    # whether it is the model of Flores-200 cannot be seen from outside, so the signature tells
+    # it may be another model than that of Flores-200, so the signature tells which it is
     digest = hashlib.sha256(Path(model_file).read_bytes()).hexdigest()
     return SacreBleu(metric, spm=digest[:8])
 
@@ -209,8 +209,8 @@ def _bleu_of(sums, smooth):
 
     Args:
         sums: (..., 10), see :meth:`PieceBleu.statistics`.
-        smooth: an order without a match counts as a half of one, the next such order as a quarter,
-            and so on (sacrebleu's "exp").
+        smooth: count the first order without a match as half a match, the next such order as a
+            quarter, and so on (sacrebleu's "exp").
     """
     sums = np.asarray(sums, dtype=np.float64)
     ours, reference = sums[..., 0], sums[..., 1]

@@ -17,8 +17,7 @@ from fairseq_smoe.translation.task import SMoETranslationTask
 
 @dataclass(frozen=True)
 class Settings:
-    """What a translation depends on besides model and text; names and meanings are those of
-    fairseq-generate."""
+    """Settings of the search; names and meanings are those of fairseq-generate."""
 
     beam: int = 5
     lenpen: float = 1.0
@@ -33,9 +32,9 @@ class Translation:
 
     Attributes:
         hypotheses: best translation of every sentence, pieces joined by spaces.
-        references, sources: the same of the binarised text.
-        requested_capacity: mean passes per token: ``{"encoder", "decoder", "layers"}``; None where
-            there are no expert layers.
+        references, sources: the binarised text in the same form.
+        requested_capacity: mean passes per token: ``{"encoder", "decoder", "layers"}``; None for a
+            dense model.
         seconds: of translating.
     """
 
@@ -47,13 +46,13 @@ class Translation:
 
 
 class DirectionTask(SMoETranslationTask):
-    """One direction of a task that is set up for many: shares its dictionaries.
+    """One direction of a task for many directions; shares the task's dictionaries.
 
     Args:
         task: the task of all directions.
         direction: ``"en-de"``
-        meter: counts requested capacity in place of a new meter per generator, whose hooks would
-            stay on the model.
+        meter: counts requested capacity. A new meter per generator would leave its hooks on the
+            model.
     """
 
     def __init__(self, task, direction, meter):
@@ -72,7 +71,7 @@ class DirectionTask(SMoETranslationTask):
 
 
 class DirectionMeter(CapacityMeter):
-    """A meter that starts again for every direction."""
+    """A capacity meter that can be reset for every direction."""
 
     def start(self):
         self.restore({name: [0, 0] for name in self.layers})
@@ -173,7 +172,7 @@ class Translator:
             ]
 
     def _language_tokens(self, task):
-        """What the task has put in front of the sentences."""
+        """The language tokens that the task has put in front of the sentences."""
         tokens = set()
         manager, (source, target) = task.data_manager, task.args.langtoks["main"]
         if source:

@@ -1,4 +1,4 @@
-"""Several processes that translate side by side, each one direction after another."""
+"""Processes that translate in parallel, each one direction at a time."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from fairseq_smoe.errors import OneLineError
 
 
 class WorkerError(OneLineError):
-    """A worker could not go on."""
+    """A worker failed or died."""
 
 
 def translate_in_turn(translator, jobs, progress):
@@ -28,8 +28,8 @@ def translate_in_turn(translator, jobs, progress):
 
 
 def translate_side_by_side(make_translators, jobs, progress, start_method):
-    """``(job, Translation)`` of every job as it is done, in one process for each of
-    ``make_translators``.
+    """Yield ``(job, Translation)`` of every job when it is done. Each of ``make_translators`` runs
+    in a process of its own.
 
     Args:
         make_translators: called without arguments, each in a process of its own.
@@ -86,7 +86,7 @@ def _start(make_translators, context):
                 daemon=True,
             )
             process.start()
-            theirs.close()  # so that its death is the end of the connection
+            theirs.close()  # so that the connection ends when the worker dies
             workers[ours] = process
     finally:
         if in_main_thread:
@@ -100,7 +100,7 @@ def _give_job(connection, waiting, busy):
         try:
             connection.send(busy[connection])
         except OSError:
-            pass  # it has died: receiving will tell
+            pass  # the worker has died; receiving raises the error
 
 
 def _explain_death(process, job):
@@ -114,7 +114,7 @@ def _explain_death(process, job):
 
 
 def _serve(connection, make_translator, parent, not_ours):
-    """What a worker does, until its process is ended."""
+    """The loop of a worker, until its process is ended."""
     for other in not_ours:
         other.close()  # inherited by a fork
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -136,7 +136,7 @@ def _serve(connection, make_translator, parent, not_ours):
 
 
 def _end_with(parent):
-    """End this process when its parent was killed, so that nothing goes on unseen."""
+    """End this process when its parent is killed."""
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(1)

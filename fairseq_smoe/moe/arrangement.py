@@ -1,4 +1,4 @@
-"""What stands around blocks, or puts another in their place."""
+"""Arrangements: ways to build the FFN sublayer from one or more blocks."""
 
 from fairseq_smoe.moe.kind import Kind
 
@@ -6,12 +6,14 @@ from fairseq_smoe.moe.kind import Kind
 class Arrangement(Kind):
     """A way to build the FFN sublayer of a layer from blocks.
 
-    Several may be chosen: each gets what makes the blocks of those before it.
+    Several may be chosen. Each gets, as ``make_block``, the function that builds the sublayer of
+    the arrangements before it.
     """
 
     @classmethod
     def is_chosen(cls, options):
-        """Whether the options of the model ask for it: by name, unless it has a flag of its own."""
+        """Whether the options of the model choose it: by name, or by a flag of its own if it has
+        one."""
         return cls.name in (options.moe_arrangement or "").split(",")
 
     @classmethod
@@ -25,7 +27,7 @@ class Arrangement(Kind):
             ffn_options: ``dropout``, ``activation_dropout`` and ``activation_fn`` of the model.
 
         Returns:
-            A module that is called like a :class:`~fairseq_smoe.moe.block.SMoEBlock`; one that
-            holds a block has it as ``block``.
+            A module that is called like a :class:`~fairseq_smoe.moe.block.SMoEBlock`. A module that
+            wraps a block has it as its attribute ``block``.
         """
         raise NotImplementedError

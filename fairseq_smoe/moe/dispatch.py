@@ -1,8 +1,8 @@
 """Moving tokens to their experts and back by index.
 
-Letters in names: T tokens at the gate, D model dim, E experts the gate sees, C choices of a token and
-an expert, N rows: the choices that are carried out, sorted by expert. No tensor here is larger than
-N x D.
+Letters in names: T tokens at the gate, D model dim, E experts the gate sees, C choices of a token
+and an expert, N rows: the choices that are not dropped, sorted by expert. No tensor here is larger
+than N x D.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class Runs:
-    """Rows that stand expert by expert.
+    """Rows that are sorted by expert.
 
     Attributes:
         rows_E: number of rows of each expert.
-        num_rows: N, of all together; behind those of the last expert may be others.
+        num_rows: N, of all experts together, plus unused rows behind those of the last expert if
+            shapes are fixed.
     """
 
     rows_E: torch.Tensor
@@ -36,7 +37,7 @@ class Runs:
 
     @cached_property
     def row_expert_N(self):
-        """Expert of each row; the last one for rows that are no expert's."""
+        """Expert of each row; unused rows get the last expert."""
         rows = torch.arange(self.num_rows, device=self.ends_E.device, dtype=torch.int32)
         return torch.searchsorted(self.ends_E, rows, right=True).clamp(max=len(self.rows_E) - 1)
 
@@ -49,8 +50,8 @@ class Dispatch(Runs):
         row_choice_N: index of the row's choice.
         row_token_N: token of each row.
         kept_C: False where the expert was full; None when there was no limit.
-        valid_N: where shapes may not depend on who is here, N is C and the rows behind those of the
-            last expert are no expert's: False there. Otherwise None.
+        valid_N: None, unless shapes have to be independent of which tokens are here. N is then C,
+            and ``valid_N`` is False in the unused rows behind those of the last expert.
     """
 
     row_choice_N: torch.Tensor
@@ -62,19 +63,19 @@ class Dispatch(Runs):
 def plan_dispatch(expert_C, token_C, num_experts, capacity=None, here_T=None):
     """Sort choices by expert and drop those beyond its capacity.
 
-    The queue of an expert holds its choices in their order; who stands behind the first
-    ``capacity`` places is dropped. With first choices in front of all second ones, a dropped first
-    choice keeps its place in front of those, as in GShard.
+    Each expert takes its choices in their order, and those beyond the first ``capacity`` are
+    dropped. If all first choices come before all second ones, first choices are served first, as in
+    GShard.
 
     Args:
         expert_C, token_C: the choices.
         num_experts: E.
         capacity: rows per expert, a number or a scalar tensor; None for no limit.
-        here_T: the tokens that are to be dispatched, and the wish for shapes that do not depend on
-            that: nothing here waits for the device then. None for all tokens.
+        here_T: marks the tokens to dispatch. Shapes then do not depend on how many there are, and
+            nothing here waits for the device. None for all tokens.
     """
     if here_T is not None:
-        expert_C = torch.where(here_T[token_C], expert_C, num_experts)  # behind all experts
+        expert_C = torch.where(here_T[token_C], expert_C, num_experts)  # sorted behind all experts
     row_choice_N = torch.argsort(expert_C, stable=True)
     # bincount would wait for the device
     rows_E = expert_C.new_zeros(num_experts + 1).index_add(0, expert_C, torch.ones_like(expert_C))
@@ -105,9 +106,9 @@ def gather_rows(tokens_TD, dispatch):
 def combine_rows(rows_ND, weights_C, dispatch, num_tokens):
     """Weighted sum of each token's rows (paper, eq. 6): (N, D) -> (T, D).
 
-    A token of two choices adds at most two rows to zero, so that the result does not depend on the
-    order of addition; one of more adds them in the order of the experts on a CPU, and in any order
-    on a GPU.
+    With two choices per token, at most two rows are added to zero, so the result does not depend on
+    the order of addition. With more choices, rows are added in the order of the experts on a CPU,
+    and in any order on a GPU.
     """
     weights_N = weights_C[dispatch.row_choice_N].to(rows_ND.dtype)
     weighted_ND = _only_valid(rows_ND, dispatch) * weights_N.unsqueeze(1)
@@ -116,7 +117,7 @@ def combine_rows(rows_ND, weights_C, dispatch, num_tokens):
 
 
 def _only_valid(rows_ND, dispatch):
-    """Zero in the rows that are no expert's, and in their gradient: both may be undefined."""
+    """Set unused rows, and their gradient, to zero: both may be undefined."""
     if dispatch.valid_N is None:
         return rows_ND
     return rows_ND.masked_fill(dispatch.valid_N.logical_not().unsqueeze(1), 0)

@@ -1,4 +1,4 @@
-"""Which rank of a group of processes holds which experts, and the exchange of rows between them.
+"""Expert parallelism: which rank of a group holds which experts, and the all-to-all of rows.
 
 Letters in names: R ranks of the group, E experts a gate sees, L those of them that this rank holds,
 N rows sent, M rows received, D model dim.
@@ -16,19 +16,19 @@ from fairseq_smoe.moe.dispatch import Runs
 
 
 def default_group_size(num_processes, strata):
-    """Ranks that share the experts where nobody says how many: the greatest number that divides
-    that of the processes and every stratum.
+    """The default number of ranks that share the experts: the greatest number that divides the
+    number of processes and every stratum.
 
     Each rank then holds as many experts of every stratum as the others, and has as much to do in
-    every pass; a larger number that divides their sum alone would save memory, but have ranks
-    wait for those with experts of late strata.
+    every pass. A larger number that divides only the sum of the strata would save memory, but ranks
+    would wait for those that hold experts of late strata.
     """
     return math.gcd(num_processes, *strata)
 
 
 def form_expert_group(size, timeout=None):
-    """Divide all processes into groups of ``size`` consecutive ranks, which are on one machine
-    where that is possible. Every process has to call this.
+    """Divide all ranks into groups of ``size`` consecutive ones, which are on one machine if
+    possible. Every rank has to call this.
 
     Args:
         size: divides the number of processes.
@@ -51,11 +51,11 @@ def form_expert_group(size, timeout=None):
 
 
 class ExpertGroup:
-    """Ranks that hold the experts of every block together, a share each.
+    """A group of ranks that share the experts of every block.
 
-    Rank r of R holds the experts r, r + R, r + 2R, ...: as many of every stratum as the others,
-    where R divides it, so that all have as much to do in every pass. Ranks of other groups that
-    hold the same experts are its replicas.
+    Rank r of R holds the experts r, r + R, r + 2R, ... If R divides every stratum, each rank holds
+    as many experts of a stratum as the others, and all have as much to do in every pass. Ranks of
+    other groups that hold the same experts are its replicas.
 
     Args:
         ranks: torch's process group of the R ranks.
@@ -67,14 +67,14 @@ class ExpertGroup:
         self.rank, self.size = dist.get_rank(ranks), dist.get_world_size(ranks)
 
     def __deepcopy__(self, _):
-        return self  # of a model's copy as well: connections are no data
+        return self  # a copied model uses the same connections
 
     def share(self, tensor_E):
-        """The entries of this rank's experts, out of those of all experts."""
+        """The entries of this rank's experts in a tensor over all experts."""
         return tensor_E[self.rank :: self.size]
 
     def sending_order(self, experts):
-        """Place of each expert in the order in which their rows are sent: rank by rank.
+        """The place of each expert in the order in which rows are sent, which is rank by rank.
 
         Args:
             experts: ``range`` of those that a gate sees.
@@ -97,27 +97,29 @@ class ExpertGroup:
         """
         held_R = [len(_held_by(r, self.size, experts)) for r in range(self.size)]
         own = _held_by(self.rank, self.size, experts)
-        # plain, as numbers have no gradient
+        # not torch's differentiable version: counts have no gradient
         rows_RL = rows_E.new_empty(self.size * len(own))
         dist.all_to_all_single(rows_RL, rows_E, [len(own)] * self.size, held_R, group=self.ranks)
-        # the lengths of what is sent and received have to be known on the host
+        # all-to-all needs the numbers of rows on the host
         numbers = iter(torch.cat([rows_E, rows_RL]).tolist())
         sent_R = [sum(next(numbers) for _ in range(held)) for held in held_R]
         received_R = [sum(next(numbers) for _ in own) for _ in range(self.size)]
         return Exchange.of(self.ranks, sent_R, received_R, rows_RL.view(self.size, len(own)), own)
 
     def all_experts(self, own_L):
-        """Put the tensors that every rank has of its experts together: (L, ...) -> (R * L, ...)"""
+        """All-gather a tensor over this rank's experts: (L, ...) -> (R * L, ...), in expert
+        order."""
         by_rank = own_L.new_empty(self.size * len(own_L), *own_L.shape[1:])
         dist.all_gather_into_tensor(by_rank, own_L.contiguous(), group=self.ranks)
         return by_rank.view(self.size, *own_L.shape).transpose(0, 1).flatten(0, 1)
 
     @torch.no_grad()
     def average_gradients(self, parameters):
-        """Make the gradients of this rank's experts those of the mean of all processes' losses.
+        """Average the gradients of this rank's experts, so that they belong to the mean loss of all
+        ranks.
 
-        What the tokens of the group's ranks add to them is there already, by the exchange; that of
-        other groups' tokens is with the replicas.
+        The gradients already contain the tokens of this group, because the exchange brought those
+        here. Those of other groups' tokens are with the replicas.
         """
         num_processes = self.size * dist.get_world_size(self.replicas)
         waiting = []
@@ -135,9 +137,9 @@ class ExpertGroup:
         """Norm of the gradients of the whole model.
 
         Args:
-            norm: of the gradients of all but experts; a scalar.
+            norm: norm of the gradients of all parameters but experts; a scalar.
             gradients: those of this rank's experts.
-            sharded: whether every process has ``norm`` of a shard, in the place of all.
+            sharded: whether ``norm`` covers only this rank's shard of those parameters.
         """
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
         of_experts = torch.stack([g.norm(dtype=dtype) for g in gradients]).square().sum()
@@ -149,21 +151,22 @@ class ExpertGroup:
 
 
 def _held_by(rank, size, experts):
-    """The experts of a range that a rank holds, as a ``range`` of places among all that it holds."""
+    """The experts of a range that a rank holds, as a ``range`` of indices into the rank's
+    experts."""
     first = max(0, -(-(experts.start - rank) // size))
     return range(first, max(first, -(-(experts.stop - rank) // size)))
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """The way of one gate's rows to the ranks of their experts, and back.
+    """The all-to-all of one gate's rows to the ranks of their experts, and back.
 
     Attributes:
         ranks: torch's process group.
-        sent_R, received_R: rows to and from each rank.
-        order_M: received rows come rank by rank; in this order they stand expert by expert.
-        runs: the :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows in that order.
-        experts: ``range`` of the experts, counted among those that this rank holds.
+        sent_R, received_R: number of rows to and from each rank.
+        order_M: permutation that sorts the received rows, which come rank by rank, by expert.
+        runs: the :class:`~fairseq_smoe.moe.dispatch.Runs` of the sorted rows.
+        experts: ``range`` of this gate's experts on this rank, as indices into the rank's experts.
     """
 
     ranks: dist.ProcessGroup
@@ -182,7 +185,7 @@ class Exchange:
         return cls(ranks, sent_R, received_R, order_M, Runs(rows_RL.sum(0), num_rows), experts)
 
     def send(self, rows_ND):
-        """(N, D) rows in sending order -> (M, D) rows of this rank's experts, one after another."""
+        """(N, D) rows in sending order -> (M, D) received rows, sorted by this rank's experts."""
         rows_MD = all_to_all_single_autograd(rows_ND, self.received_R, self.sent_R, self.ranks)
         return rows_MD.index_select(0, self.order_M)
 

@@ -1,4 +1,4 @@
-"""Both layers of the experts, one expert after the other.
+"""Both layers of the experts, computed expert by expert.
 
 Letters in names: N rows sorted by expert, M rows of one expert, D model dim, F hidden dim.
 """
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 def expert_loop(rows_ND, rows_per_expert, fc1, fc2, experts, activate):
     """Apply to each run of rows its expert.
 
-    Expert by expert, so that a run's hidden units are still in the cache for the second layer, and
-    in one function of autograd: nodes of its own for every expert would cost more time than the
+    It works expert by expert, so that a run's hidden units are still in the cache for the second
+    layer. It is one function of autograd: one node per expert would cost more time than the
     products of few rows.
 
     Args:

@@ -1,4 +1,4 @@
-"""A linear layer of all experts by one product, torch's ``grouped_mm``.
+"""A linear layer of all experts in one call of torch's ``grouped_mm``.
 
 Letters in names: N rows sorted by expert, E experts, I and O dims of input and output.
 """
@@ -6,8 +6,8 @@ Letters in names: N rows sorted by expert, E experts, I and O dims of input and 
 import torch
 import torch.nn.functional as F
 
-ALIGNMENT = 16  # bytes, that grouped_mm wants of every stride
-KERNEL_CAPABILITIES = (9, 10)  # major ones: Hopper, and Blackwell of data centres
+ALIGNMENT = 16  # bytes; grouped_mm requires every stride to be a multiple
+KERNEL_CAPABILITIES = (9, 10)  # major versions: Hopper and data-centre Blackwell
 GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,8 +47,8 @@ def grouped_linear(rows_NI, shared, experts, runs):
         rows_NI: rows sorted by expert.
         shared: :class:`~fairseq_smoe.moe.shared_weight.SharedWeight`
         experts: ``range`` of the experts that the runs belong to.
-        runs: :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows; those of the result, and of the
-            gradient of ``rows_NI``, that are no expert's are undefined.
+        runs: :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows. Unused rows are undefined in the
+            result and in the gradient of ``rows_NI``.
 
     Returns:
         (N, O)
@@ -64,7 +64,13 @@ def grouped_mm_takes(weight_EIO):
 
 
 def grouped_mm_is_fast(weight_EIO):
+<<<<<<< HEAD
     """Whether it can with these weights, and by a kernel of its own."""
+=======
+    """Whether torch has a kernel for ``grouped_mm`` with these weights on their device. Elsewhere
+    torch falls back to a loop that waits for the device (aten's GroupedBlas, torch 2.11 to
+    2.13)."""
+>>>>>>> docs
     return (
         weight_EIO.is_cuda
         and has_kernel(weight_EIO.dtype, torch.cuda.get_device_capability(weight_EIO.device))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 def gate_logits(tokens_TD, weight_ED):
     """Logits of a gate (paper, eq. 5), in at least float32.
 
-    Half precision has too few digits to separate close experts and overflows in the softmax,
-    so the gate leaves it, under autocast too.
+    Half precision has too few digits to separate close experts and overflows in the softmax, so the
+    gate computes in float32, under autocast too.
     """
     dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
     with torch.autocast(tokens_TD.device.type, enabled=False):
@@ -44,11 +44,13 @@ def choose_experts(logits_TE, top_k, sample_second=False):
 
 
 def expert_capacity(num_tokens, num_experts, factor):
-    """Rows an expert takes in training: ``factor`` times the even share, rounded up before the
-    factor applies (paper, section 4.3, with factor 2; the rounding is that of the authors' runs).
+    """Rows that an expert takes in training: ``factor`` times the even share.
+
+    The even share is rounded up before the factor applies (paper, section 4.3, with factor 2; the
+    rounding is that of the authors' runs).
 
     Args:
-        num_tokens: a number, or a scalar tensor for a capacity that is one, too.
+        num_tokens: a number, or a scalar tensor; the capacity is then a scalar tensor, too.
     """
     even_share = -(-num_tokens // num_experts)
     if isinstance(even_share, torch.Tensor):

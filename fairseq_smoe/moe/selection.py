@@ -1,6 +1,6 @@
-"""The tokens that stand at a gate, out of all tokens.
+"""Selecting the tokens that are at a gate.
 
-Letters in names: T all tokens, H those that are here (with :class:`Masked`, all).
+Letters in names: T all tokens, H the tokens here, at this gate (with :class:`Masked`, all).
 """
 
 import torch
@@ -34,7 +34,7 @@ class All:
 
 
 class Indexed:
-    """The tokens at some indices; how many they are, the host has to know."""
+    """The tokens at some indices. The host has to know how many they are."""
 
     mask_H = None
 
@@ -49,8 +49,8 @@ class Indexed:
 
 
 class Masked:
-    """All tokens go along, and a mask tells which of them are here: the host need not wait for a
-    device to learn how many."""
+    """All tokens are carried along, with a mask of those that are here, so that the host need not
+    wait for the device to learn how many there are."""
 
     def __init__(self, here_T):
         self.mask_H = here_T

@@ -9,8 +9,8 @@ import torch
 class SharedWeight:
     """Stacked weights and biases that several passes use, with one gradient for all of them.
 
-    Left to autograd, every pass would make a gradient of its own for each expert, to be added to
-    those of the other passes and stacked; here a pass adds its products in place.
+    With plain autograd every pass would make its own gradient for each expert, which would then be
+    stacked and added to those of the other passes. Here each pass adds its products in place.
 
     Args:
         weight_EIO, bias_EO: parameters.
@@ -22,8 +22,8 @@ class SharedWeight:
 
 
 class _Gradients:
-    """What the passes add to. Knows the parameters, not what autograd makes of them: that would
-    refer back to this, and neither would ever be freed."""
+    """The gradient buffers that the passes add to. Refers to the parameters, not to tensors of the
+    autograd graph, which refer to this object: such a cycle would never be freed."""
 
     def __init__(self, weight_EIO, bias_EO):
         self._like = weight_EIO, bias_EO
@@ -46,11 +46,11 @@ class _Gradients:
         own = slice(experts.start, experts.stop)
         for gradient, more in zip(self._buffers(torch.zeros_like), (weight_eIO, bias_eO)):
             gradient[own] += more
-        self._begun.update(range(len(self._like[0])))  # the others are zero
+        self._begun.update(range(len(self._like[0])))  # the other experts' gradients are zero
 
     def take(self):
-        """``(weight_EIO, bias_EO)``, which are let go of: another backward pass begins anew.
-        Experts without rows have a gradient of zero."""
+        """Return the gradients ``(weight_EIO, bias_EO)`` and forget them, for the next backward
+        pass. Experts without rows have a gradient of zero."""
         sums = self._buffers(torch.empty_like)
         for e in set(range(len(sums[0]))) - self._begun:
             for gradient in sums:

@@ -1,1 +1,1 @@
-"""Pictures of requested capacity, experts and training curves; one module for each."""
+"""Pictures of requested capacity, experts and training curves, one module each."""

@@ -1,4 +1,4 @@
-"""Mean requested capacity per direction, encoder and decoder apart (paper, Figure 2)."""
+"""Mean requested capacity per direction of encoder and decoder (paper, Figure 2)."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def side_means(rows):
 
 
 def plot_capacity(capacities, title, path, bands=None):
-    """Draw requested capacity as stems that start at one pass, the least a token can take.
+    """Draw requested capacity as stems that start at one pass, the minimum of a token.
 
     Args:
         capacities: ``{direction: {"encoder": passes, "decoder": passes}}``

@@ -7,8 +7,8 @@ from fairseq_smoe.plots.style import by_resource
 
 
 def language_shares(rows, side):
-    """Share of first choices per language: of the source in the encoder, of the target in the
-    decoder, over all directions with that language there.
+    """Share of first choices per language, over all directions with that language: as the source in
+    the encoder, as the target in the decoder.
 
     Args:
         rows: of the table ``experts``.
@@ -30,8 +30,8 @@ def language_shares(rows, side):
 
 
 def plot_experts(shares, title, path, benchmark=None):
-    """Draw the rows of :func:`language_shares`: experts, with lines between strata, against
-    languages from high to low resource, English in front."""
+    """Draw the rows of :func:`language_shares` as a heat map of experts, with lines between strata,
+    against languages from high to low resource, English first."""
     order = [benchmark.english, *by_resource(benchmark)] if benchmark else []
     langs = list(dict.fromkeys(row[0] for row in shares))
     langs.sort(key=lambda lang: order.index(lang) if lang in order else len(order))

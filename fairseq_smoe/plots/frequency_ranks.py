@@ -56,7 +56,7 @@ def plot_ranks(rows, bands, title, path):
 def _draw_violin(axes, place, ranks, colour):
     if not ranks:
         return
-    ranks = np.log10(ranks)  # the density's as well: ranks spread over four orders of magnitude
+    ranks = np.log10(ranks)  # of the density as well: ranks span four orders of magnitude
     if len(set(ranks)) > 1:  # a single value has no density
         parts = axes.violinplot(ranks, [place], widths=0.36, showextrema=False, showmedians=True)
         parts["bodies"][0].set(facecolor=colour, alpha=0.45)

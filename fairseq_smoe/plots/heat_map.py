@@ -9,15 +9,15 @@ ROOM_FOR_NUMBERS = 16  # columns
 
 
 def plot_heat_map(panels, columns, title, path, unit, lines=(), highest=None):
-    """Draw one matrix below the other.
+    """Draw matrices below each other.
 
     Args:
         panels: ``[(name, row names, (rows, columns) array)]``; NaN stays white.
         columns: names, left to right.
         title: above all.
-        unit: what the colours are.
-        lines: draw a line behind these rows' numbers, from 0, in every panel.
-        highest: value of the darkest colour; by default the highest there is.
+        unit: what the colours mean.
+        lines: draw a line after these rows, counted from 0, in every panel.
+        highest: value of the darkest colour; by default the highest value.
     """
     heights = [len(values) for _, _, values in panels]
     figure, all_axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""All pictures of some runs: their own, and those that show them together."""
+"""All pictures of some runs: those of each run, and those of all runs together."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ from fairseq_smoe.plots.pictures import analysed_subsets, draw_curves, draw_run
 
 
 def draw(folders, asked=None, target=None):
-    """Draw what the runs have.
+    """Draw all pictures that the runs have numbers for.
 
     Args:
         folders: of the runs.
         asked: subsets of the analysis; None for all that a run has.
-        target: folder for the pictures; None for ``plots`` in what the runs have in common.
+        target: folder for the pictures; None for ``plots`` in the runs' common folder.
 
     Returns:
         Paths of the pictures.
@@ -54,6 +54,6 @@ def draw(folders, asked=None, target=None):
 
 
 def _unique_name(folder, folders):
-    """The folder's name, with its parent's where runs of several benchmarks are drawn."""
+    """The folder's name, with its parent's if runs of several benchmarks are drawn."""
     same = {f.absolute() for f in folders if f.absolute().name == folder.name}
     return folder.name if len(same) == 1 else f"{folder.parent.name}-{folder.name}"

@@ -11,7 +11,7 @@ from fairseq_smoe.plots.train_log import curves
 
 
 def analysed_subsets(run):
-    """Names of the data sets that `analyse` has gone over."""
+    """Names of the data sets that `analyse` has counted."""
     return sorted(path.parent.name for path in run.folder.glob("analysis/*/capacity.csv"))
 
 
@@ -20,11 +20,11 @@ def draw_run(run, subset, target):
 
     Args:
         run: a :class:`~fairseq_smoe.benchmarks.runs.Run`.
-        subset: whose analysis.
+        subset: the analysed data set.
         target: folder to write to.
 
     Returns:
-        the pictures written.
+        paths of the pictures written.
     """
     source = run.folder / "analysis" / subset
     name = run.row.name if run.row else run.name
@@ -45,7 +45,7 @@ def draw_run(run, subset, target):
         rows = read_table(path) if path.exists() else []
         for side in SIDES:
             own = [row for row in rows if row["side"] == side]
-            # with one stratum all types make one pass, and none is the highest
+            # with one stratum all types make one pass, so there is no highest
             all_equal = table == "types" and len({row["requested_capacity"] for row in own}) == 1
             if own and not all_equal:
                 target.mkdir(parents=True, exist_ok=True)

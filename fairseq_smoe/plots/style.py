@@ -1,4 +1,4 @@
-"""What all pictures have in common: colours, sizes, how directions are arranged, saving."""
+"""The style of all pictures: colours, sizes, the arrangement of directions, saving."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from fairseq_smoe.files import whole_file  # noqa: E402
 
-# blue and vermilion stay apart for all kinds of colour vision, and in grey
+# blue and vermilion are distinct for all kinds of colour vision, and in grey
 SIDES = {"encoder": ("#0072b2", "o"), "decoder": ("#d55e00", "D")}  # colour and marker
 # Okabe and Ito's colours, without yellow, which is too light for lines
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -39,8 +39,8 @@ class Band:
 def arrange(directions, benchmark=None):
     """Directions out of English, then into English, each from high to low resource.
 
-    Without a benchmark, the language that all directions have in common takes the place of English,
-    and the order is that given.
+    Without a benchmark, the language that all directions have in common is used instead of English,
+    and the given order is kept.
 
     Args:
         directions: such as ``["en-de", "de-en"]``.
@@ -139,14 +139,14 @@ def width_of(bands, least, per_direction):
 
 
 def bare(axes):
-    """A quiet frame with horizontal lines."""
+    """Remove most of the frame, and draw horizontal grid lines."""
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def save(figure, path):
-    """Write a picture, complete or not at all; its ending chooses the format."""
+    """Write a picture that is either complete or absent; its ending chooses the format."""
     with whole_file(path) as handle:
         figure.savefig(handle, dpi=DPI, format=path.suffix[1:])
     plt.close(figure)

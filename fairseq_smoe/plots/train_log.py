@@ -1,8 +1,8 @@
-"""Curves in fairseq's JSON log."""
+"""Reading training curves from fairseq's JSON log."""
 
 import json
 
-# quantity -> (kind of record, names, the first one present counts, title of its plot)
+# quantity -> (kind of record, names of which the first present one is used, title of its plot)
 QUANTITIES = {
     "train_loss": ("train_inner", ("nll_loss", "loss"), "Training loss, bits per token"),
     "valid_loss": ("valid", ("valid_nll_loss", "valid_loss"), "Validation loss, bits per token"),
@@ -24,8 +24,8 @@ QUANTITIES = {
 def read_log(path):
     """``{kind: {updates: record}}`` of kinds train_inner, train, valid, ..., in order.
 
-    A training that was resumed from a checkpoint goes some updates back and repeats them: what it
-    had logged behind that point does not belong to the model.
+    A training that is resumed from a checkpoint repeats some updates. What was logged of them
+    before does not belong to the model, and is dropped.
     """
     records = {}
     with open(path, encoding="utf-8", errors="replace") as lines:
@@ -43,14 +43,14 @@ def read_log(path):
 
 
 def _parse(line):
-    """The record in a line, whatever stands in front: --log-file holds it alone, the output of
-    fairseq-train behind time and place."""
+    """The record in a line, or {}. In --log-file a line is the record alone; in the output of
+    fairseq-train, time and place come first."""
     start = line.find("{")
     if start < 0:
         return {}
     try:
         record = json.loads(line[start:])
-    except ValueError:  # no record, or cut off when the training was killed
+    except ValueError:  # not a record, or incomplete because the training was killed
         return {}
     return record if isinstance(record, dict) else {}
 

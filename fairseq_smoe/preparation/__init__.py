@@ -1,1 +1,1 @@
-"""From raw parallel text to a folder that ``fairseq-train --task smoe_translation`` reads."""
+"""Turning raw parallel text into a folder that ``fairseq-train --task smoe_translation`` reads."""

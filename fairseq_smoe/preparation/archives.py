@@ -1,4 +1,4 @@
-"""Archives read front to back, once; damaged and malicious ones end in one line."""
+"""Reading archives once from front to back. Damaged and malicious ones give a one-line error."""
 
 import bz2
 import errno
@@ -29,26 +29,26 @@ _SENSELESS = (ValueError, OverflowError, struct.error, RuntimeError)
 
 
 class DamagedArchive(OptionError):
-    """Nothing that came out of the archive can be trusted."""
+    """An archive is damaged or malicious; nothing from it can be used."""
 
 
 @dataclass(frozen=True)
 class Member:
-    path: str  # as the archive has it: never to be used as the name of a file
+    path: str  # as in the archive: never use it as the name of a file
     is_folder: bool
-    is_file: bool  # with bytes of its own: no folder, link or device
+    is_file: bool  # a plain file: no folder, link or device
     open: Callable  # the bytes, to be read before the next member is visited
 
 
 def is_archive(path):
-    """Judged by the content, as names are wrong at times."""
+    """Whether a file is an archive, by its content, because names may be wrong."""
     with open(path, "rb") as handle:
         start = handle.read(512)
     return start.startswith((*_COMPRESSIONS, *_ZIP_STARTS)) or start[257:262] == b"ustar"
 
 
 def problem_with(path):
-    """What is wrong with an archive, found by reading all of it, or None."""
+    """Read a whole archive, and say what is wrong with it; None if it is undamaged."""
     if not is_archive(path):
         return f"expected an archive ({SUFFIXES}), found something else"
     try:
@@ -62,7 +62,7 @@ def visit_members(path, description, visit):
     """Call ``visit(member)`` for every :class:`Member`, then check the end of the archive.
 
     Raises:
-        DamagedArchive: names the archive, and the member where it is to blame.
+        DamagedArchive: names the archive, and the member if that is damaged.
     """
 
     def check_and_visit(member):
@@ -134,7 +134,7 @@ def _visit_tar(handle, start, visit):
 class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, archive):
-        """tarfile takes a damaged header, or none at all, for the end of the archive."""
+        """Raise for damaged or missing headers, which tarfile takes for the end of the archive."""
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:

@@ -1,4 +1,4 @@
-"""Sentences as fairseq's binary files (``.bin`` and ``.idx``, the mmap format)."""
+"""Writing sentences as fairseq's binary files (``.bin`` and ``.idx``, the mmap format)."""
 
 import struct
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ _TYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
 
 
 def token_type(dictionary_size):
-    """The smallest integer type that holds a dictionary's numbers, by fairseq's own rule."""
+    """The smallest integer type that holds a dictionary's ids, by fairseq's rule."""
     return np.dtype(np.uint16 if dictionary_size < 65500 else np.uint32)
 
 
@@ -44,8 +44,8 @@ def encode_chunks(chunks, model_path, dtype):
     """Encode parts of text files.
 
     Args:
-        chunks: of each the text file, its first and last byte offset, and the file to write
-            (.npz); one that exists is left alone.
+        chunks: for each, the text file, its first and last byte offset, and the file to write
+            (.npz). If that exists, the chunk is skipped.
     """
     chunks = [chunk for chunk in chunks if not chunk[-1].exists()]
     if not chunks:
@@ -66,14 +66,14 @@ def encode_chunks(chunks, model_path, dtype):
 def binarise(chunks, targets):
     """Join encoded chunks to one or more binary files; line i goes to file ``i % len(targets)``.
 
-    Shards of one corpus are thus alike, also where the corpus joins several sources.
+    Shards of one corpus are thus alike, even if the corpus joins several sources.
 
     Args:
         chunks: the files of :func:`encode_chunks`, in order.
         targets: paths without their endings.
 
     Returns:
-        dict: ``lines``, ``tokens`` (each line's end included), ``unknown`` tokens, and
+        dict of ``lines``, ``tokens`` (including the end of each line), ``unknown`` tokens, and
         ``lengths``: how many lines have 0, 1, 2, ... tokens.
     """
     num_shards, line = len(targets), 0
@@ -115,5 +115,5 @@ def write_index(path, sizes, dtype):
 
 
 def chunk_files(folder, name, number):
-    """Where the chunks of the file ``name`` are kept."""
+    """The files with the chunks of the file ``name``."""
     return [Path(folder) / f"{name}.{i:05d}.npz" for i in range(number)]

@@ -1,6 +1,6 @@
-"""Gettext catalogues of installed or unpacked packages to a small parallel corpus.
+"""Turning gettext catalogues of installed or unpacked packages into a small parallel corpus.
 
-Writes ``{train,valid,test}.en-XX.en`` and ``.XX`` for every language XX, one sentence a line.
+Writes ``{train,valid,test}.en-XX.en`` and ``.XX`` for every language XX, one sentence per line.
 """
 
 import hashlib
@@ -11,8 +11,8 @@ import polib
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
 
-VALID_SHARE, TEST_SHARE = 0.04, 0.07  # of the texts that are long enough to be worth translating
-MIN_HELD_OUT_WORDS = 3  # shorter texts are labels such as "Add user": they go to the training data
+VALID_SHARE, TEST_SHARE = 0.04, 0.07  # of the texts that are not too short for a test
+MIN_HELD_OUT_WORDS = 3  # shorter texts, labels such as "Add user", go to the training data
 MAX_WORDS = 8
 
 # <b>, &nbsp;, %s, %(name)s, {name}, ``literal``: code, which a translation copies
@@ -20,7 +20,7 @@ _MARKUP = re.compile(r"<[a-z/!]|&#?\w+;|%[(a-z]|[{}]|``", re.IGNORECASE)
 
 
 def make_corpus(source, target, langs, test_share):
-    """Write the parallel text of the catalogues below ``source`` into ``target``, and say how much.
+    """Write the parallel text of the catalogues below ``source`` into ``target``; print its size.
 
     Raises:
         OptionError: a language has no catalogue, or ``test_share`` leaves nothing to train on.
@@ -83,14 +83,14 @@ def is_sentence_pair(entry):
 
 
 def split_key(text):
-    """What two spellings of one text share: ``"Password:"`` and ``"password"`` are the same."""
+    """A key that spellings of one text share: ``"Password:"`` and ``"password"`` have the same."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
 def split_pairs(pairs, test_share=TEST_SHARE):
-    """Deal pairs out to train, valid and test by a hash of the English text.
+    """Assign pairs to train, valid and test by a hash of the English text.
 
-    A text is thus in the same split for every language, on every machine.
+    A text is thus in the same split for every language and on every machine.
     """
     splits = {"train": {}, "valid": {}, "test": {}}
     for english, translation in pairs.items():

@@ -1,7 +1,7 @@
-"""Which pairs of sentences are worth training on.
+"""Dropping pairs of sentences from the training text.
 
-Every rule has an option and a count. A pair that breaks several is counted under the first of
-them in the order of ``RULES``. Text to validate and test on is left as it is, so that scores remain
+Every rule has an option and a count. A pair that breaks several rules is counted under the first of
+them in the order of ``RULES``. Validation and test text is not cleaned, so that scores remain
 comparable.
 """
 
@@ -28,14 +28,14 @@ RULES = (
 )
 KEPT = len(RULES)
 
-# characters that other tools take for the end of a line or word: control characters, U+0085, U+2028
+# characters that other tools take for the end of a line or word: controls, U+0085, U+2028
 _SEPARATORS = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]+")
 BLOCK_LINES = 100_000
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What to drop; lengths in characters, 0 for no limit."""
+    """The rules for dropping pairs; lengths in characters, 0 for no limit."""
 
     invalid_utf8: str = "error"
     empty: str = "drop"
@@ -62,7 +62,7 @@ class Rules:
 
 
 def tidy(line):
-    """A line of a file as text without its end, or None where it is not UTF-8."""
+    """A line of a file as text without its line end; None if it is not UTF-8."""
     try:
         return _SEPARATORS.sub(" ", line.decode("utf-8").removeprefix("\ufeff")).strip()
     except UnicodeDecodeError:
@@ -70,13 +70,13 @@ def tidy(line):
 
 
 def normalise(text):
-    """What two spellings of one sentence share: width, case and spaces do not count."""
+    """A key that spellings of one sentence share: width, case and spaces do not count."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())  # folding may decompose
 
 
 def fingerprint(text):
-    """64 bits of a hash: two of 10 million sentences agree by chance in one of 300,000 corpora."""
+    """64 bits of a hash. In one of 300,000 corpora of 10 million sentences, two agree by chance."""
     return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
@@ -89,7 +89,7 @@ def read_pairs(paths):
 
 
 def write_held_out(paths, target):
-    """Keep the fingerprints of all sentences of some files, sorted, in ``target`` (.npy)."""
+    """Write the sorted fingerprints of all sentences of some files to ``target`` (.npy)."""
     found = set()
     for path in paths:
         with open(path, "rb") as handle:
@@ -166,7 +166,7 @@ def clean_pair(pair, raw, folder, splits, rules):
     """Clean all splits of a language pair.
 
     Returns:
-        ``{split: counts}``, which ``PAIR.json`` keeps, too.
+        ``{split: counts}``, which is also written to ``PAIR.json``.
 
     Raises:
         OptionError: no training text is left.

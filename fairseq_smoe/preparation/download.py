@@ -1,4 +1,4 @@
-"""Files from the web: in parallel, resumed where they stopped, and complete or not at all."""
+"""Downloading files in parallel; interrupted ones are resumed, and files are complete or absent."""
 
 import fcntl
 import hashlib
@@ -17,7 +17,7 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import disk_space_for
 from fairseq_smoe.preparation.transfer import empty, receive, size_of, version_file
 
-GRACE = 2.0  # seconds that the other files get to stop after a failure
+GRACE = 2.0  # seconds for the other downloads to stop after a failure
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Download:
     path: Path  # final name; path + ".part" while incomplete
     size: int | None = None  # bytes, where published
     sha256: str | None = None
-    # called with the path of the complete part: what is wrong with it, in words, or None
+    # called with the path of the complete part; returns what is wrong with it, or None
     check: Callable[[Path], str | None] | None = None
     remedy: str = "give another address with --base-url, or files you have with --from"
 
@@ -34,12 +34,12 @@ class Download:
 def download_all(downloads, connections=4, retries=5):
     """Fetch the files that do not exist yet, ``connections`` at a time.
 
-    Only complete, verified files get their final names. What an earlier call left is resumed.
-    ``retries`` counts failures in a row without a new byte.
+    Only complete, verified files get their final names. Parts that an earlier call left are
+    resumed. A download fails after ``retries`` failures in a row without a new byte.
 
     Raises:
-        OptionError: a file cannot be had, is not what was published, or the disk is full. The
-            other files are stopped, and their parts kept.
+        OptionError: a file cannot be downloaded, is not what was published, or the disk is full.
+            The other downloads are stopped, and their parts kept.
     """
     missing = {each.path: each for each in downloads if not each.path.exists()}
     if not missing:
@@ -69,7 +69,7 @@ def download_all(downloads, connections=4, retries=5):
 
 
 class _Batch:
-    """What the files of one call share."""
+    """The state that the downloads of one call share."""
 
     def __init__(self, bar, retries):
         self.retries = retries
@@ -104,7 +104,7 @@ class _Batch:
 
 
 class _Stopped(Exception):
-    """Another file has failed, or the user wants no more."""
+    """Another download has failed, or the user has interrupted."""
 
 
 def _work(jobs, batch):
@@ -147,7 +147,7 @@ def _locked_part(download):
     path = download.path.with_name(download.path.name + ".part")
     with open(path, "a+b", buffering=0) as part:
         locked = _lock(part)
-        # another process may have renamed or removed the part before the lock was had
+        # another process may have renamed or removed the part before this one got the lock
         ours = path.exists() and os.path.samestat(path.stat(), os.fstat(part.fileno()))
         if locked and download.path.exists():
             if ours:
@@ -176,7 +176,7 @@ def _lock(handle):
 
 
 def _problem(download, part):
-    """What is wrong with a file that is complete, in words, or None."""
+    """What is wrong with a complete file, in words; None if nothing is."""
     if download.size not in (None, size_of(part)):
         return f"expected {download.size} bytes, found {size_of(part)}"
     if download.sha256 is not None:

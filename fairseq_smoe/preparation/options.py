@@ -1,4 +1,4 @@
-"""Options of ``python -m fairseq_smoe prepare``, by the step that they are for."""
+"""Options of ``python -m fairseq_smoe prepare``, grouped by step."""
 
 from fairseq_smoe.benchmarks import benchmark
 from fairseq_smoe.benchmarks.scale import SCALES
@@ -6,7 +6,7 @@ from fairseq_smoe.preparation.clean import Rules
 from fairseq_smoe.preparation.pool import available_cores
 from fairseq_smoe.preparation.sources import FLORES200_URL, M15_SOURCE, OPUS100_URL
 
-# the options that determine the output of each step; it depends on those of all earlier steps, too
+# options that determine the output of each step, which also depends on those of earlier steps
 STEP_OPTIONS = {
     "fetch": ("benchmark", "sources", "pairs", "splits", "recipe"),
     "verify": ("invalid_utf8",),
@@ -20,12 +20,12 @@ STEP_OPTIONS = {
     "report": (),
 }
 STEPS = tuple(STEP_OPTIONS)
-# steps that leave nothing of their options behind when they fail: others may be tried next
+# steps that leave nothing behind if they fail, so that other options may be tried next
 FREE_AFTER_FAILURE = ("fetch", "verify", "sentencepiece")
 
 
 def flag(name):
-    """How an option is written on the command line."""
+    """The flag of an option."""
     return "--from" if name == "sources" else "--" + name.replace("_", "-")
 
 
@@ -104,7 +104,7 @@ def _add_text(group):
     group.add_argument(
         "--skip-missing",
         action="store_true",
-        help="go on without the pairs for which no training text is found",
+        help="leave out pairs for which no training text is found, instead of failing",
     )
 
 
@@ -143,14 +143,15 @@ def _add_clean(group):
     def drop_or_keep(option, text):
         default = getattr(rules, option[2:].replace("-", "_"))
         choices = ("drop", "keep")
-        group.add_argument(option, choices=choices, default=default, help=f"{text} (%(default)s)")
+        text = f"{text} (default: %(default)s)"
+        group.add_argument(option, choices=choices, default=default, help=text)
 
     group.add_argument(
         "--invalid-utf8",
         choices=("error", "drop"),
         default=rules.invalid_utf8,
         help="lines that are not UTF-8, in any split: stop and name the first, or drop them "
-        "(%(default)s)",
+        "(default: %(default)s)",
     )
     drop_or_keep("--empty", "pairs with an empty side")
     drop_or_keep("--identical", "pairs of two equal sides")
@@ -159,7 +160,7 @@ def _add_clean(group):
         type=int,
         default=rules.max_length,
         metavar="N",
-        help="drop pairs with more characters on a side; 0: no limit (%(default)s)",
+        help="drop pairs with more characters on a side; 0: no limit (default: %(default)s)",
     )
     group.add_argument(
         "--max-length-ratio",
@@ -167,12 +168,12 @@ def _add_clean(group):
         default=rules.max_length_ratio,
         metavar="R",
         help="drop pairs with a side more than R times as long as the other, in characters; 0: no "
-        "limit (%(default)s)",
+        "limit (default: %(default)s)",
     )
     drop_or_keep(
         "--held-out",
-        "pairs with a side that is also, case, width and spaces aside, in the validation or test "
-        "text of its language, of whichever pair",
+        "pairs with a side that is in the validation or test text of its language, in any pair, "
+        "ignoring case, width and spaces",
     )
     drop_or_keep("--duplicates", "all but the first of equal pairs")
 
@@ -182,30 +183,32 @@ def _add_vocabulary(group):
         "--vocab-size",
         type=int,
         metavar="N",
-        help="joint, of all languages; default: 32000, or the benchmark's",
+        help="pieces of the joint vocabulary (default: 32000, or the benchmark's)",
     )
     group.add_argument(
         "--character-coverage",
         type=float,
         default=0.9995,
         metavar="SHARE",
-        help="of the characters of the text that get a piece (%(default)s)",
+        help="share of the text's characters that the vocabulary covers (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
         type=float,
         metavar="T",
         help="a language is drawn with probability proportional to its share of the lines to the "
-        "power 1/T, here and in the report; default: 1, or the benchmark's",
+        "power 1/T, here and in the report (default: 1, or the benchmark's)",
     )
     group.add_argument(
         "--sample-lines",
         type=int,
         default=1_000_000,
         metavar="N",
-        help="lines to train SentencePiece on (%(default)s)",
+        help="lines to train SentencePiece on, drawn at random (default: %(default)s)",
     )
-    group.add_argument("--seed", type=int, default=1, help="of this sample (%(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=1, help="seed of this sample (default: %(default)s)"
+    )
 
 
 def _add_binary(group):

@@ -1,4 +1,4 @@
-"""What each step leaves behind, to be removed before it is done again."""
+"""Removing the output of steps before they are repeated."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ REPORT_FILES = ("report.md", "report.json", "report-sizes.png", "report-lengths.
 
 
 def remove_outputs(plan, first):
-    """Remove what ``first`` and all later steps have written, by exact names; downloads stay."""
+    """Remove the output of ``first`` and all later steps, by exact names. Downloads are kept."""
     for step in STEPS[STEPS.index(first) :]:
         for path in _outputs(plan, step):
             if path.is_dir() and not path.is_symlink():

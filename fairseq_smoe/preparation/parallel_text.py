@@ -1,4 +1,4 @@
-"""Find the two files of every language pair, in folders and archives of several layouts."""
+"""Finding the two files of every language pair in folders and archives of several layouts."""
 
 import hashlib
 import json
@@ -16,31 +16,31 @@ from fairseq_smoe.preparation.archives import (
     visit_members,
 )
 
-# prefix -> the folder, and ending, of Flores-200 that it stands for
+# prefix -> the folder and ending in Flores-200
 FLORES_FOLDERS = {"dev": "dev", "test": "devtest"}
 FLORES_ENGLISH = {"en": "eng_Latn", "eng": "eng_Latn"}
 FINISHED = "finished.json"
 
 
 def collect(sources, target, wanted, flores_codes=None):
-    """Bring the text of language pairs together as ``target/SPLIT.A-B.LANG``.
+    """Collect the text of language pairs as ``target/SPLIT.A-B.LANG``.
 
     Args:
-        sources: folders and archives, searched to any depth; the first with a pair wins.
-        target: folder. The files there are symbolic links: to the text, where it is in a folder;
-            to ``target/unpacked``, where it is from an archive.
-        wanted: ``{(split, "A-B"): prefix}``: what the files are called, see :func:`layouts`.
+        sources: folders and archives, searched to any depth; the first one with a pair is used.
+        target: folder for symbolic links to the text. Text from archives is unpacked to
+            ``target/unpacked``.
+        wanted: ``{(split, "A-B"): prefix of the files}``, see :func:`layouts`.
         flores_codes: ``{language: its name in Flores-200}``; English is known.
 
     Returns:
         The set of ``(split, "A-B")`` that were found.
 
     Raises:
-        OptionError: a source is missing, damaged, ambiguous, or has one side of a pair only.
+        OptionError: a source is missing, damaged or ambiguous, or has only one side of a pair.
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    for split, pair in wanted:  # an earlier call may have found what these sources lack
+    for split, pair in wanted:  # links of an earlier call, whose sources may have had more
         for lang in pair.split("-"):
             path = target / f"{split}.{pair}.{lang}"
             if path.is_symlink():
@@ -69,7 +69,8 @@ def collect(sources, target, wanted, flores_codes=None):
 
 
 def layouts(prefix, pair, flores_codes=None):
-    """``[{language: name of its file}]``, the best first; of Flores, the name with its folder."""
+    """The possible names of a pair's files, ``[{language: name}]``, best first. Names in Flores-200
+    include the folder."""
     first, second = pair.split("-")
     orders = (f"{first}-{second}", f"{second}-{first}")
     langs = (first, second)
@@ -83,7 +84,7 @@ def layouts(prefix, pair, flores_codes=None):
 
 
 def _best_layout(source, options, files):
-    """The first layout of which there are files; ``{}`` if there is none."""
+    """The first layout whose files exist; ``{}`` if there is none."""
     for sides in options:
         there = [name for name in sides.values() if name in files]
         if there and len(there) < len(sides):
@@ -97,7 +98,7 @@ def _best_layout(source, options, files):
 
 
 def check_source(source):
-    """The path of a source that can be searched.
+    """The path of a source, if it can be searched.
 
     Raises:
         OptionError: it is missing, or neither a folder nor an archive.
@@ -111,15 +112,15 @@ def check_source(source):
 
 
 def _search(source, names, target):
-    """``{name: path}`` of the wanted names that lie in a folder."""
+    """``{name: path}`` of the wanted files in a folder."""
 
     def unreadable(error):
         raise OptionError(f"--from {source}: {error.filename}: {error.strerror}") from error
 
-    files, seen = {}, {target.resolve()}  # what is collected lies there: it is no source
+    files, seen = {}, {target.resolve()}  # the target itself is not searched
     for folder, subfolders, entries in os.walk(source, onerror=unreadable, followlinks=True):
         folder = Path(folder)
-        if folder.resolve() in seen:  # links may lead in circles
+        if folder.resolve() in seen:  # symbolic links may form cycles
             subfolders.clear()
             continue
         seen.add(folder.resolve())
@@ -135,9 +136,9 @@ def _search(source, names, target):
 
 
 def _wanted_name(path, names):
-    """The name by which a file is wanted, or None."""
+    """The wanted name that a file matches, or None."""
     if "__MACOSX" in path.parts or path.name.startswith("._"):
-        return None  # not text, but what macOS notes about a file of that name
+        return None  # metadata of macOS about a file of that name
     for name in (path.name, "/".join(path.parts[-2:])):
         if name in names:
             return name
@@ -152,10 +153,10 @@ def _ambiguous(source, first, second):
 
 
 def _unpack(archive, names, target):
-    """The same for an archive: extracts what is wanted, once."""
+    """As :func:`_search`, for an archive: extracts the wanted files, once."""
     state = archive.stat()
     identity = f"{archive.resolve()} {state.st_size} {state.st_mtime_ns}"
-    # of this version of the archive alone: what is there can be kept
+    # extracted from this version of the archive, and can be kept
     version = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = target / "unpacked" / f"{archive.name}-{version}"
     if not _is_unpacked(folder, names):
@@ -196,7 +197,7 @@ def _unpack(archive, names, target):
 
 
 def _is_unpacked(folder, names):
-    """Whether all that the archive has of ``names`` is there."""
+    """Whether all files that the archive has of ``names`` are extracted."""
     finished = folder / FINISHED
     if not finished.exists():
         return False
@@ -207,7 +208,7 @@ def _is_unpacked(folder, names):
 
 
 def _link(path, target, name):
-    """A link that appears at once, in place of any older one."""
+    """Make a symbolic link, atomically replacing an older one."""
     part = target / f"{name}.unfinished-{os.getpid()}"
     part.unlink(missing_ok=True)
     inside = path.is_relative_to(target)

@@ -1,4 +1,4 @@
-"""What is to be prepared, from which options, and where everything lies."""
+"""The plan of a preparation: what to prepare, with which options, and in which files."""
 
 import math
 import re
@@ -62,7 +62,7 @@ class Plan:
         return self.work / "sample.txt"
 
     def summary(self, step):
-        """The file in which a step says what it has left."""
+        """The file with a step's summary of its output."""
         return {
             "fetch": self.raw / "found.json",
             "verify": self.raw / "verified.json",
@@ -83,12 +83,12 @@ class Plan:
         return sorted({lang for pair in pairs for lang in pair.split("-")})
 
     def raw_splits(self):
-        """``{pair: its splits}`` of the text that is there; without empty files, and without pairs
-        that have nothing to train on."""
+        """``{pair: its splits}`` of the text found, without empty files, and without pairs that
+        have no training text."""
 
         def has_text(split, pair):
             paths = [self.raw / f"{split}.{pair}.{lang}" for lang in pair.split("-")]
-            # one side alone is an error that a later check explains
+            # a single side is an error that a later check reports
             return all(path.exists() for path in paths) and any(p.stat().st_size for p in paths)
 
         return {
@@ -152,7 +152,7 @@ def make_plan(args):
 
 
 def _check_published(benchmark, pairs, args):
-    """Before gigabytes are fetched in vain."""
+    """Check that the pairs are published, before gigabytes are downloaded in vain."""
     if benchmark and not args.sources:
         known = [pair.split("-") for pair in benchmark.pairs(train_only=True)]
         for pair in pairs:
@@ -179,7 +179,7 @@ def _check_numbers(args):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    if not 0.98 <= args.character_coverage <= 1:  # SentencePiece takes no others
+    if not 0.98 <= args.character_coverage <= 1:  # the range that SentencePiece accepts
         raise OptionError(
             f"--character-coverage {args.character_coverage}: expected a share from 0.98 to 1"
         )

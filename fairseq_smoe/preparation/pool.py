@@ -1,4 +1,4 @@
-"""Work spread over processes, with a progress bar."""
+"""Running jobs in parallel processes, with a progress bar."""
 
 import multiprocessing
 import os
@@ -14,26 +14,26 @@ from fairseq_smoe.errors import OptionError
 
 
 def available_cores():
-    """As many as this process may use, where the system tells."""
+    """Number of cores that this process may use, if the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def in_child(function, *arguments):
-    """``function(*arguments)`` in a process of its own: Ctrl-C ends even what does not listen."""
+    """Run ``function(*arguments)`` in a child process, so that Ctrl-C ends code that ignores it."""
     with _pool(1) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def in_parallel(function, jobs, workers, title, unit):
-    """``[function(*job) for job in jobs]``, in any order of work, results in the order of jobs.
+    """``[function(*job) for job in jobs]``, computed in parallel.
 
-    ``function`` and jobs are pickled, so the function is one of a module. Give the longest jobs
-    first.
+    ``function`` and jobs are pickled, so the function has to be at the top level of a module. Give
+    the longest jobs first.
 
     Raises:
-        OptionError: as ``function`` does, or a process was killed, as for lack of memory.
+        OptionError: ``function`` raised it, or a process was killed, e.g. for lack of memory.
     """
     jobs = list(jobs)
     bar = tqdm(total=len(jobs), desc=title, unit=unit, mininterval=0.5)
@@ -72,8 +72,8 @@ def _counted(function, job, bar):
 
 
 def _end_quietly_with_parent(parent):
-    """Processes of a pool wait for work forever when their parent is killed, and print a traceback
-    each on Ctrl-C, which all processes of a terminal receive."""
+    """End a worker quietly with its parent. Otherwise workers would wait for work forever when the
+    parent is killed, and each would print a traceback on Ctrl-C, which all of them receive."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch():

@@ -1,4 +1,4 @@
-"""Running the steps of a preparation, those that are not complete."""
+"""Running the steps of a preparation that are not complete."""
 
 import resource
 import time
@@ -32,7 +32,7 @@ def _run_steps(plan, args):
     if args.redo:
         if args.redo not in args.steps:
             raise OptionError(f"--redo {args.redo}: is not among --steps {' '.join(args.steps)}")
-        # whatever stands in the way is found before anything is removed
+        # check everything before anything is removed
         record.require_earlier(args.redo, settings)
         steps.check_input(plan, args.redo)
         record.forget(args.redo)

@@ -1,7 +1,7 @@
 """Training text from published corpora, listed in a recipe, through the package mtdata.
 
-mtdata knows the addresses and formats. It runs in processes of its own, as it sets up logging and
-loads a large index when it is imported.
+mtdata knows the addresses and formats. It runs in child processes, because importing it sets up
+logging and loads a large index.
 """
 
 import importlib.util
@@ -89,7 +89,7 @@ def fetch_recipe(folder, recipe, pairs, connections=4):
     with an empty side are left out.
 
     Raises:
-        OptionError: names the line of the recipe that is wrong, or whose data cannot be had.
+        OptionError: names the line of the recipe that is wrong, or whose data is not available.
     """
     listed = read_recipe(recipe)
     for pair in pairs:
@@ -129,7 +129,7 @@ def _is_finished(target, pair, names):
 
 
 def _download(lines, recipe, cache, connections):
-    """Fill mtdata's cache: mtdata itself would start again from zero after an interruption."""
+    """Download into mtdata's cache. mtdata itself would start from zero after an interruption."""
     with _mtdata(["-c", _LOCATE, *lines], cache, f"--recipe {recipe}") as output:
         places = output.read()
     places = json.loads(places)
@@ -144,7 +144,7 @@ def _download(lines, recipe, cache, connections):
             path, mark = Path(path), Path(mark)
             check = problem_with if is_archive else None
             if path.exists() and not mark.exists() and (check is None or check(path)):
-                path.unlink()  # begun by mtdata, with no telling how far it came
+                path.unlink()  # begun by mtdata; it is unknown how much is complete
             remedy = f"change line {number} of {recipe}, or give files you have with --from"
             downloads[path] = Download(url, path, check=check, remedy=remedy)
             marks.append(mark)
@@ -183,7 +183,8 @@ def _write_pair(target, pair, names, recipe, cache):
 
 @contextmanager
 def _mtdata(arguments, cache, blame):
-    """What a process writes. It runs in the cache: mtdata imports ``mtdata*.py`` from where it is.
+    """The output of a child process. It runs in the cache folder, because mtdata imports
+    ``mtdata*.py`` from the current folder.
 
     Raises:
         OptionError: begins with ``blame``, and has the last line of the process's messages.

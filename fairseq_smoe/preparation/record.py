@@ -1,4 +1,4 @@
-"""Which steps are complete, and the options that they were run with (``steps.json``)."""
+"""The record of complete steps and their options (``steps.json``)."""
 
 import json
 
@@ -8,7 +8,7 @@ from fairseq_smoe.preparation.options import STEP_OPTIONS, STEPS, flag
 
 
 class Record:
-    """Keeps the output of different calls apart: a step's options cannot change unnoticed."""
+    """Refuses to mix the output of calls with different options."""
 
     def __init__(self, target):
         self.target = target
@@ -43,7 +43,7 @@ class Record:
         """Check that ``step`` may run, and note its options.
 
         Raises:
-            OptionError: as above, or ``step`` itself was begun with other options.
+            OptionError: as :meth:`require_earlier`; or ``step`` was begun with other options.
         """
         self.require_earlier(step, options)
         mine = _options_of(step, options)
@@ -65,7 +65,8 @@ class Record:
                 )
 
     def _first_possible(self, step):
-        """Without the intermediate files, which a user may delete, only a redo of all."""
+        """The first step that can be redone: fetch, if the user has deleted the intermediate
+        files."""
         return step if (self.target / "work" / "raw").exists() else "fetch"
 
     def _write(self):
@@ -73,7 +74,7 @@ class Record:
 
 
 def _options_of(step, options):
-    """As json gives them back, which has no tuples."""
+    """The options of a step as JSON returns them, which has no tuples."""
     return {name: json.loads(json.dumps(options[name])) for name in STEP_OPTIONS[step]}
 
 

@@ -1,4 +1,4 @@
-"""What the data is: ``report.json``, ``report.md`` and pictures."""
+"""The report on the data: ``report.json``, ``report.md`` and pictures."""
 
 import json
 
@@ -142,7 +142,7 @@ def _rules_in_words(rules):
 
 
 def _what_is_missing(summary):
-    """Sentences on what was asked for and is not there."""
+    """Sentences on requested data that is missing."""
     pairs = summary["pairs"]
     without = [pair for pair, facts in pairs.items() if not facts["held_out"].get("valid")]
     dropped = sum(facts["held_out_not_utf8"] for facts in pairs.values())

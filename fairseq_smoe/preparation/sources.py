@@ -1,4 +1,4 @@
-"""Where published text comes from: OPUS-100, Flores-200, and the paper authors' own bitext."""
+"""Downloading published text: OPUS-100, Flores-200, and the paper authors' own bitext."""
 
 import csv
 import os
@@ -34,7 +34,7 @@ class Opus100Archive:
 
 
 def fetch(plan):
-    """Download all that a plan with a benchmark needs; returns the folders and archives."""
+    """Download everything that a plan with a benchmark needs; returns the folders and archives."""
     folder = plan.downloads
     if plan.benchmark == "opus100":
         address = plan.data_address or OPUS100_URL
@@ -60,7 +60,7 @@ def fetch_opus100(folder, pairs, base_url=OPUS100_URL, connections=4):
     """Download the archives of ``pairs``, named in either order; returns their paths.
 
     Raises:
-        OptionError: a pair is not in OPUS-100, or an archive cannot be had.
+        OptionError: a pair is not in OPUS-100, or an archive cannot be downloaded.
     """
     archives = {entry.lang: entry for entry in opus100_archives()}
     downloads = []
@@ -120,11 +120,11 @@ def _from_google_drive(file_id, path):
     untested = path.with_name(f"untested-{path.name}")
     try:
         with disk_space_for(path):
-            # gdown keeps what it has got next to the file it is to write, and goes on from there
+            # gdown keeps an incomplete download beside the file, and resumes it
             gdown.download(id=file_id, output=str(untested), resume=True, retries=5, timeout=60)
     except OptionError:
         raise
-    except Exception as error:  # whatever gdown makes of an unexpected answer
+    except Exception as error:  # gdown may raise anything for an unexpected answer
         reason = " ".join(str(error).split())
         raise OptionError(f"--base-url gdrive:{file_id}: {reason}; {remedy}") from error
     if problem := problem_with(untested):

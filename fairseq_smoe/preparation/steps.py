@@ -1,8 +1,8 @@
 """The steps from published corpora to binary files; each takes a :class:`Plan`.
 
-fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. A step that was
-interrupted goes on from the files that are complete. At its end it leaves a summary in a file, from
-which the next ones know what there is: text that goes missing in between is an error.
+fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. An interrupted step
+resumes from the files that are complete. At its end a step writes a summary of its output to a
+file, which later steps read: text that goes missing in between is an error.
 """
 
 import json
@@ -29,7 +29,7 @@ from fairseq_smoe.translation.task_files import LANGS_FILE
 
 JOB_BYTES = 8_000_000  # text that a process encodes before it reports back
 
-# of which steps each reads the summary
+# the steps whose summaries each step reads
 NEEDS = {
     "fetch": (),
     "verify": ("fetch",),
@@ -42,7 +42,7 @@ NEEDS = {
 
 
 def check_input(plan, step):
-    """Whether there is what ``step`` needs, as far as can be told without reading all of it.
+    """Check that the input of ``step`` is there, without reading all of it.
 
     Raises:
         OptionError: names what is missing.
@@ -66,7 +66,7 @@ def check_input(plan, step):
 
 
 def fetch(plan):
-    """Download what is not given with --from, and bring all text to ``work/raw``.
+    """Download text that is not given with --from, and collect all text in ``work/raw``.
 
     Summary: ``{pair: [splits]}``.
     """
@@ -112,7 +112,7 @@ def _expected_files(plan, split, pair):
 
 
 def verify(plan):
-    """Both sides of every split have the same number of lines, in UTF-8.
+    """Check that both sides of every split have the same number of lines, in UTF-8.
 
     Summary: ``{file: [bytes, time of its last change]}``.
     """
@@ -127,7 +127,7 @@ def verify(plan):
 
 
 def clean(plan):
-    """Drop what the rules say. Summary: ``{pair: {split: counts}}``."""
+    """Drop pairs by the rules. Summary: ``{pair: {split: counts}}``."""
     folder = plan.clean
     folder.mkdir(exist_ok=True)
     found, verified = _summary(plan, "fetch"), _summary(plan, "verify")
@@ -168,7 +168,7 @@ def sentencepiece(plan):
         try:
             in_child(train_sentencepiece, plan.sample, plan.model, *sizes)
         except OptionError:
-            plan.sample.unlink()  # other options may make another one
+            plan.sample.unlink()  # its content depends on the options
             raise
     model = spm.SentencePieceProcessor(model_file=str(plan.model))
     write_dictionary(model, langs, plan.dictionary)
@@ -178,7 +178,7 @@ def sentencepiece(plan):
 
 
 def encode(plan):
-    """Turn text into the numbers of the dictionary. Summary: ``{text file: number of chunks}``."""
+    """Turn text into the ids of the dictionary. Summary: ``{text file: number of chunks}``."""
     plan.ids.mkdir(exist_ok=True)
     numbers, jobs, job_bytes = {}, [], JOB_BYTES
     for name in tqdm(_text_files(plan), desc="measure", unit="file"):
@@ -198,8 +198,8 @@ def encode(plan):
 
 
 def binarise(plan):
-    """Join the chunks to the files that fairseq reads, and put the text to validate and test on
-    beside them, which translations are scored against. Summary: counts of each text file."""
+    """Join the chunks to the files that fairseq reads. Put the validation and test text beside
+    them, to score translations against. Summary: counts of each text file."""
     cleaned, numbers = _summary(plan, "clean"), _summary(plan, "encode")
     jobs = []
     for name, number in numbers.items():
@@ -209,7 +209,7 @@ def binarise(plan):
             shard.parent.mkdir(exist_ok=True)
         jobs.append((binary.chunk_files(plan.ids, name, number), shards))
         if split != "train":
-            # not without .txt, under which name fairseq would read it in the place of the .bin
+            # with the ending .txt: without it, fairseq would read this file instead of the .bin
             text = (plan.clean / name).read_text(encoding="utf-8")
             write_whole(plan.target / f"{name}.txt", text)
     counts = in_parallel(binary.binarise, jobs, plan.workers, "binarise", "file")
@@ -230,7 +230,7 @@ def _write_summary(plan, step, content):
 
 
 def _text_files(plan):
-    """``["train.en-de.de", ...]`` of all text that is left after cleaning, the largest first."""
+    """``["train.en-de.de", ...]`` of all text left after cleaning, the largest first."""
     names = [
         f"{split}.{pair}.{lang}"
         for pair, splits in _summary(plan, "clean").items()

@@ -1,4 +1,4 @@
-"""One file over HTTP into an open part, however often the connection breaks."""
+"""Downloading one file over HTTP, resuming it whenever the connection breaks."""
 
 import email.utils
 import http.client
@@ -27,19 +27,19 @@ class _Interrupted(Exception):
 
 
 def receive(download, handle, batch):
-    """Append to ``handle``, an unbuffered file, what it lacks of ``download.url``.
+    """Append the missing rest of ``download.url`` to ``handle``, an unbuffered file.
 
-    ``batch`` (see download.py) knows the number of retries, is told of progress, and may stop it.
+    ``batch`` (see download.py) has the number of retries, is told the progress, and may stop this.
 
     Raises:
-        OptionError: the server refuses, or all retries in a row brought no new byte.
+        OptionError: the server refuses, or no retry in a row brought a new byte.
     """
     failures, farthest = 0, size_of(handle)
     while True:
         try:
             return _receive_some(download, handle, batch)
         except _Interrupted as error:
-            # bytes received a second time, after a restart from zero, are no progress
+            # bytes that are received again, after a restart from zero, are no progress
             if size_of(handle) > farthest:
                 failures, farthest = 0, size_of(handle)
             failures += 1
@@ -53,7 +53,7 @@ def receive(download, handle, batch):
 
 
 def _receive_some(download, handle, batch):
-    """One request for what is missing."""
+    """Make one request for the missing bytes."""
     known = _read_version(download)
     too_long = download.size is not None and size_of(handle) > download.size
     if too_long or not (known or download.sha256):
@@ -111,7 +111,7 @@ def _request(download, offset, version):
 
 
 def _retry_after(headers):
-    """Seconds; servers name a number or a date."""
+    """The server's Retry-After in seconds; servers send a number or a date."""
     value = headers.get("Retry-After", "")
     if value.isdigit():
         return float(value)
@@ -135,7 +135,7 @@ def _read(response):
 def _write(chunk, handle):
     left = memoryview(chunk)
     while left:
-        left = left[handle.write(left) :]  # an unbuffered file may take less than it is given
+        left = left[handle.write(left) :]  # an unbuffered file may write less than it is given
 
 
 def size_of(handle):
@@ -148,7 +148,7 @@ def empty(handle, batch):
 
 
 def version_file(download):
-    """Beside the part: which version of the file it is part of, as ``If-Range`` wants it."""
+    """The file beside the part with the version that the part belongs to, for ``If-Range``."""
     return download.path.with_name(download.path.name + ".part.version")
 
 

@@ -1,4 +1,4 @@
-"""Checks of text as it was found."""
+"""Checks of the text before cleaning."""
 
 from itertools import islice
 
@@ -32,7 +32,7 @@ def verify_pair(folder, split, pair, strict):
 
 
 def state_of(path):
-    """``[bytes, nanoseconds of its last change]``, by which a file is known to be the same.
+    """``[bytes, nanoseconds of its last change]``, to detect changes of a file.
 
     Raises:
         OptionError: the file is gone.

@@ -9,8 +9,8 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import whole_file, write_whole
 
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # at the head of every dictionary
-# The result depends on it, through the order of floating point sums, so that it is not the number
-# of cores
+# The result depends on it, through the order of floating point sums; so it is fixed, and not the
+# number of cores
 TRAINING_THREADS = 8
 MOST_BYTES = 1_000_000  # of a sentence that SentencePiece is trained on, which skips longer ones
 
@@ -31,7 +31,7 @@ def language_shares(counts, temperature):
 def sample_sizes(counts, temperature, num_lines):
     """How many lines to draw of each language, without drawing any line twice.
 
-    What a small language cannot give is drawn from the others, in proportion to their shares.
+    If a language has too few lines, more are drawn from the others, in proportion to their shares.
     """
     sizes, left = {}, min(num_lines, sum(counts.values()))
     open_langs = dict(counts)
@@ -52,7 +52,7 @@ def write_sample(files, counts, path, temperature, num_lines, seed):
     Args:
         files: ``{language: its files}``; English has one for every pair.
         counts: lines of each file.
-        num_lines: of the sample, for all languages together.
+        num_lines: lines of the sample, of all languages together.
     """
     totals = {lang: sum(counts[file] for file in files[lang]) for lang in files}
     sizes = sample_sizes(totals, temperature, num_lines)
@@ -88,7 +88,7 @@ def train_sentencepiece(sample, model_path, vocab_size, character_coverage):
                 minloglevel=1,
             )
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).rpartition("] ")[2]  # without the place in its code
+        reason = " ".join(str(error).split()).rpartition("] ")[2]  # without the line of code
         reason = reason.replace("--character_coverage", "--character-coverage")
         raise OptionError(f"--vocab-size {vocab_size}: SentencePiece says: {reason}") from error
     with whole_file(model_path) as handle:
@@ -103,7 +103,7 @@ def language_token(lang):
 def write_dictionary(model, langs, path):
     """fairseq's dictionary: the pieces in the model's order, then the tokens of the languages.
 
-    With the language tokens in the file, their numbers do not depend on the order in which
+    Because the language tokens are in the file, their ids do not depend on the order in which
     languages are later given to fairseq.
     """
     pieces = [
@@ -118,14 +118,14 @@ def write_dictionary(model, langs, path):
 
 
 def fairseq_ids(model):
-    """The number in fairseq's dictionary of every SentencePiece id; (pieces,) int64."""
+    """The id in fairseq's dictionary of every SentencePiece id; (pieces,) int64."""
     table = np.empty(model.get_piece_size(), dtype=np.int64)
     following = len(FAIRSEQ_SPECIALS)
     for i in range(len(table)):
         if model.is_unknown(i):
             table[i] = FAIRSEQ_SPECIALS.index("<unk>")
         elif model.is_control(i):
-            table[i] = FAIRSEQ_SPECIALS.index("</s>")  # the only one that encoding brings
+            table[i] = FAIRSEQ_SPECIALS.index("</s>")  # encoding produces no other
         else:
             table[i] = following
             following += 1

@@ -5,25 +5,26 @@ from fairseq_smoe.tables.cells import Cell, Line, best_two, mean_or_none
 from fairseq_smoe.tables.layout import MISSING, Layout, Section, Text, mflops, millions, number
 from fairseq_smoe.tables.significance import RESAMPLES, SIGNIFICANT
 
-# under a title such as "Into English", a mere avg would be taken for that of the side
+# under a title such as "Into English", "avg" alone would be read as the mean of that side
 _HEADERS = {"verylow": "very low", "avg": "avg of all"}
 
 
 def collect_lines(benchmark, found, metric, baseline=None, tests=None):
     """The :class:`Line` of every row, in the paper's order, run or not.
 
-    A row with more experts than the others does not compete for best and second best: the paper's
-    captions mark the best of models with as many experts, and that row has twice the parameters.
+    A row with more experts than the others does not compete for best and second best, as in the
+    paper, which marks the best of the models with equally many experts; that row has twice the
+    parameters.
 
     Args:
         found: ``{row name: [Evaluation, ...]}``
-        baseline: name of a row, tested against with ``tests``, or None.
+        baseline: name of the row that ``tests`` compare with, or None.
     """
     return [_line(benchmark, row, found, metric, baseline, tests) for row in benchmark.rows]
 
 
 def _competes(benchmark, row):
-    """Rows of the user's own all do, whatever their names."""
+    """Whether a row competes for best; all rows of a user's own benchmark do."""
     return competes(row) or not benchmark.table
 
 
@@ -117,7 +118,7 @@ def _rows_of(line, columns, ours, paper):
     ]
     first += [Text(params), Text(flops)]
     if not any(cell.paper for _, cell in cells):
-        return [first]  # a benchmark that is not the paper's
+        return [first]  # a user's own benchmark
     second = [Text(""), Text("paper")]
     second += [number(cell.paper, paper[column].get(line.name, "")) for column, cell in cells]
     second += [Text(text or MISSING) for text in line.paper_size]
@@ -182,7 +183,7 @@ def _notes(benchmark, lines, evaluations, metric, baseline, tests):
 
 
 def _why(lines, metric, tests):
-    """Why there is no p-value at all."""
+    """The reason why there are no p-values."""
     if tests and tests.warnings:
         return "see the warning"
     run = [line for line in lines if any(cell.seeds for cell in line.cells.values())]

@@ -1,4 +1,4 @@
-"""The numbers of a table: ours, the paper's, and what stands out among them."""
+"""The numbers of a table: ours, the paper's, and which are best."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -45,9 +45,9 @@ class Line:
     Attributes:
         cells: ``{column: Cell}``
         size: ``(parameters, FLOPs per token)`` of our model, or None.
-        paper_size: ``(parameters, MFLOPs per token)`` as printed, "" where not.
+        paper_size: ``(parameters, MFLOPs per token)`` as printed in the paper, or "".
         competes: whether it may be the best or second best.
-        baseline: whether the others are tested against it.
+        baseline: whether the other rows are tested against it.
     """
 
     name: str
@@ -76,6 +76,6 @@ def best_two(values):
 
 
 def mean_or_none(values):
-    """The mean, None where one is missing."""
+    """The mean; None if a value is missing."""
     values = list(values)
     return statistics.fmean(values) if values and None not in values else None

@@ -1,4 +1,4 @@
-"""Which table is asked for: its lines, tests and files."""
+"""Choosing the table to make; its lines, tests and files."""
 
 from pathlib import Path
 
@@ -17,10 +17,11 @@ DEFAULT_BASELINE = "Vanilla MoE"
 
 
 def tabulate(args):
-    """What ``python -m fairseq_smoe tabulate`` does with its arguments: prints a table, and writes it.
+    """What ``python -m fairseq_smoe tabulate`` does with its arguments: prints a table, and writes
+    it.
 
     Raises:
-        OptionError: nothing fits the arguments, or an evaluation lacks the metric.
+        OptionError: no run matches the arguments, or an evaluation lacks the metric.
     """
     if args.metric is not None and args.metric not in METRICS:
         raise OptionError(f"--metric {args.metric}: choose one of {', '.join(METRICS)}")

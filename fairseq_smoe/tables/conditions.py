@@ -1,10 +1,10 @@
-"""Whether the runs of a table can be compared at all."""
+"""Checks that the runs of a table are comparable."""
 
 import json
 
 
 def differences(evaluations, metric):
-    """A sentence on each condition in which the evaluations differ.
+    """One sentence for each condition in which the evaluations differ.
 
     Conditions are the updates of the checkpoint, the batch, the data folder, the settings of the
     search, the number of sentences, and the metric's signature.

@@ -18,7 +18,7 @@ class Evaluation:
     Attributes:
         folder: RUN/evaluation/SUBSET
         scores: content of ``scores.json``.
-        facts: content of the run's ``run.json``, {} without.
+        facts: content of the run's ``run.json``; {} if there is none.
     """
 
     folder: Path
@@ -94,7 +94,7 @@ def find_evaluations(runs, benchmark, scale, subset, seeds=None):
 
     Args:
         runs: folder of ``{benchmark}-{scale}/{row}-seed{seed}/``.
-        seeds: only these.
+        seeds: only runs of these seeds.
 
     Returns:
         ``({row name: [Evaluation, ...]}, names of the runs that are not evaluated)``

@@ -1,4 +1,4 @@
-r"""LaTeX with booktabs, one table however wide: ``\resizebox`` (graphicx) fits it to the page."""
+r"""LaTeX with booktabs, as a single table that ``\resizebox`` (graphicx) fits to the page."""
 
 from fairseq_smoe.tables.layout import MISSING
 

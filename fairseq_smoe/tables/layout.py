@@ -1,4 +1,4 @@
-"""A table as cells of text in sections of columns, to be written in any format."""
+"""A table as text cells in sections of columns, independent of the format."""
 
 from dataclasses import dataclass, field
 
@@ -7,11 +7,11 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Text:
-    """What stands in a cell.
+    """The content of a cell.
 
     Attributes:
         emphasis: "", "best" or "second".
-        mark: "", "better" or "worse": significantly, than the baseline.
+        mark: "better" or "worse" if significantly so than the baseline, else "".
     """
 
     text: str
@@ -38,12 +38,12 @@ class Layout:
 
     Attributes:
         title: one line.
-        caption: sentences, one a line.
+        caption: sentences, one per line.
         stub: headers of the first columns, which name the rows.
         sections: the other columns.
         rows: lists of :class:`Text`, stub first; None separates groups of rows.
-        notes: lines to stand under the table.
-        warnings: the same, of what the reader should be wary of.
+        notes: lines under the table.
+        warnings: lines under the table about problems of the comparison.
     """
 
     title: str

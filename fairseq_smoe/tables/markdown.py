@@ -1,4 +1,4 @@
-"""Markdown that reads well in a terminal too: aligned, and cut into parts where it is too wide."""
+"""Markdown that is readable in a terminal, too: aligned, and split into parts if too wide."""
 
 from fairseq_smoe.text_table import aligned
 
@@ -22,8 +22,8 @@ def render(layout):
 
 
 def _parts(layout, rows):
-    """``(title, headers, columns)``: sections, and without a part of their own those that need no
-    title and still fit into the width."""
+    """``(title, headers, columns)`` of the parts. A section is a part of its own, unless it has no
+    title and still fits into the width of the part before."""
 
     def width(column, header):
         return max(len(header), *(len(row[column]) for row in rows)) + 3

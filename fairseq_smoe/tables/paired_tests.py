@@ -1,4 +1,4 @@
-"""Which differences between evaluations are significant."""
+"""Significance tests of differences between evaluations."""
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.scoring import make_metric, read_directions
@@ -9,7 +9,7 @@ class PairedTests:
     """Paired bootstrap tests of evaluations on the same test set.
 
     Args:
-        metric: name; none of which is comet.
+        metric: name of the metric; not comet.
         flores200_spm: for spbleu, see ``scoring.py``.
         advance: called after every direction of every evaluation that was read.
 
@@ -21,7 +21,7 @@ class PairedTests:
         self._name = metric
         self._flores200_spm = flores200_spm
         self._advance = advance
-        self._metrics = {}  # by what they depend on
+        self._metrics = {}  # keys: what the results depend on
         self._bootstrap = Bootstrap()
         self._resampled = {}
         self._directions = {}
@@ -29,14 +29,14 @@ class PairedTests:
         self.warnings = []
 
     def p_value(self, evaluations, baseline, directions):
-        """Of the difference between the mean scores of two systems, each the mean of its seeds.
+        """p-value of the difference between two systems' mean scores, each the mean over its seeds.
 
         Args:
             evaluations, baseline: lists of Evaluations, one per seed.
             directions: over which the mean goes.
 
         Returns:
-            the p-value, or None where there is something that cannot be compared.
+            the p-value; None if something cannot be compared.
         """
         try:
             system, other = [

@@ -1,4 +1,4 @@
-"""The paper's own table, its means recomputed from the other columns."""
+"""The paper's own table, with means recomputed from the other columns."""
 
 from fairseq_smoe.tables.benchmark_table import (
     competes,
@@ -51,7 +51,7 @@ def collect_lines(benchmark):
 
 
 def lay_out(benchmark, lines):
-    """The :class:`Layout`: means as recomputed, the printed ones beside those that differ."""
+    """The :class:`Layout`: recomputed means, and the printed ones in brackets if they differ."""
     columns = benchmark.columns()
     means = {row.name: recompute_means(benchmark, row.scores) for row in benchmark.rows}
     best = {

@@ -11,10 +11,10 @@ MEAN, MEAN_OF_ALL = "mean", "mean of all"
 
 
 def columns_of(evaluations):
-    """``{title of section: {column: directions}}`` of all that the runs translate.
+    """``{title of section: {column: directions}}`` of all directions that the runs translate.
 
-    A section for each side of English, the language of all directions, with the mean last; and the
-    mean over all. Without such a language there is one section.
+    If English is on one side of all directions, there is one section per side, with its mean last,
+    and the mean over all. Otherwise there is one section.
     """
     directions = sorted({d for evaluation in evaluations for d in evaluation.directions})
     english = hub_language(directions)
@@ -35,7 +35,7 @@ def columns_of(evaluations):
 
 
 def hub_language(directions):
-    """English by its code, if all directions have it on one side; else None."""
+    """The code of English if it is on one side of all directions, else None."""
     for language in ("eng", "en", "eng_Latn"):
         if all(language in direction.split("-") for direction in directions):
             return language
@@ -75,7 +75,7 @@ def column_name(title, column):
 
 
 def unique_names(evaluations):
-    """The runs' names, or their paths where two have the same."""
+    """The runs' names, or their paths if two runs have the same name."""
     names = [evaluation.name for evaluation in evaluations]
     return [
         name if names.count(name) == 1 else str(evaluation.run)

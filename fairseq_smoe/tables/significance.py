@@ -1,11 +1,11 @@
-"""Paired bootstrap resampling (Koehn 2004): is one system better than another, or was it luck with
-the test set?
+"""Paired bootstrap resampling (Koehn 2004): whether one system is significantly better than
+another.
 
-Sentences of the test set are drawn with replacement, as many as it has, and both systems are scored
-on the same draw; 1,000 times. For a mean over directions, the sentences of each direction are drawn
-and the mean of its corpus scores is taken per draw. Directions with equally many sentences share
-the draw: in Flores they are the same sentences, whose difficulty is shared, and where they are not,
-it makes no difference.
+As many sentences as the test set has are drawn from it with replacement, 1,000 times, and both
+systems are scored on each draw. For a mean over directions, sentences are drawn per direction, and
+the corpus scores are averaged per draw. Directions with equally many sentences use the same draws:
+in Flores they have the same sentences, and so share their difficulty. For other directions this
+makes no difference.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Resampled:
-    """A score and what it would have been on other draws of the test set.
+    """A score, and the scores on draws from the test set.
 
     Attributes:
         score: on the test set.
@@ -31,11 +31,11 @@ class Resampled:
 
 
 class Bootstrap:
-    """Draws of sentences, the same for all systems that are to be compared.
+    """Draws of sentences, the same for all systems that are compared.
 
     Args:
-        number: of draws.
-        seed: with sacrebleu's, the draws are those of its ``PairedTest``.
+        number: number of draws.
+        seed: with sacrebleu's seed, the draws are those of its ``PairedTest``.
     """
 
     def __init__(self, number=RESAMPLES, seed=SEED):
@@ -78,11 +78,10 @@ def mean_of(resampled):
 
 
 def p_value(system, baseline):
-    """How likely such a difference, in either direction, is by chance; sacrebleu's ``PairedTest``
-    computes the same.
+    """Two-sided p-value of the difference between two systems, as sacrebleu's ``PairedTest``.
 
     It counts the draws in which the absolute difference exceeds its mean over the draws by more
-    than the observed one. Systems that score the same on every draw get 1, where sacrebleu says
+    than the observed one. Systems with equal scores on every draw get 1, where sacrebleu returns
     1/1001.
 
     Args:

@@ -1,4 +1,4 @@
-"""The table as CSV, one score a line."""
+"""The table as CSV, one score per line."""
 
 import csv
 import io
@@ -12,10 +12,10 @@ FIELDS = (
 
 
 def render(lines, facts):
-    """Of every row and column one line per seed, and with several seeds one of their mean.
+    """One line per row, column and seed; with several seeds also one line for their mean.
 
-    The p-value stands in the line of the mean where there is one; rows that were not run have
-    the paper's scores only.
+    If there is a line of the mean, it has the p-value. Rows that were not run have the paper's
+    scores only.
 
     Args:
         lines: list of :class:`~fairseq_smoe.tables.cells.Line`.

@@ -1,1 +1,1 @@
-"""fairseq's training loop: repairs, checkpoints that survive, shards, signals."""
+"""What this project changes in fairseq's training loop: repairs, checkpoints, shards, signals."""

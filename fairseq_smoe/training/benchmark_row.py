@@ -1,4 +1,4 @@
-"""Training a row of one of the paper's tables by fairseq-train."""
+"""Training a row of one of the paper's tables with fairseq-train."""
 
 import json
 import os
@@ -27,9 +27,9 @@ class RowTraining:
 
     Attributes:
         command: words of the fairseq-train command.
-        summary: a line about the size of its batches.
-        folder: of the run.
-        facts: for its ``run.json``.
+        summary: one line on the size of its batches.
+        folder: the run folder.
+        facts: content for the run's ``run.json``.
         data: folder of the binarised text.
     """
 
@@ -40,10 +40,11 @@ class RowTraining:
     data: Path
 
     def start(self, dry_run=False):
-        """Become fairseq-train. The plugin has to be known to fairseq.
+        """Replace this process by fairseq-train. The plugin has to be registered with fairseq
+        before.
 
         Args:
-            dry_run: only print the command, and check it.
+            dry_run: only print and check the command.
 
         Raises:
             OptionError: an option or the data is wrong.
@@ -59,7 +60,7 @@ class RowTraining:
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / RUN_FILE, json.dumps(self.facts, indent=1) + "\n")
-        # in the place of this process: signals reach fairseq
+        # exec, not a child process: signals then reach fairseq
         program = Path(sys.executable).parent / self.command[0]
         program = program if program.exists() else shutil.which(self.command[0])
         sys.stdout.flush()
@@ -108,7 +109,7 @@ def plan_training(args):
 
 
 def _checked(more):
-    """Options for fairseq-train, which must not change the size of the batch."""
+    """``more``, the options for fairseq-train, if none of them changes the size of the batch."""
     for word in more:
         option = word.partition("=")[0]
         if option in ("--update-freq", "--batch-size", "--max-sentences"):
@@ -117,7 +118,7 @@ def _checked(more):
 
 
 def _check_options(command):
-    """Find what fairseq would refuse, before anything is written.
+    """Find options that fairseq would refuse, before anything is written.
 
     Raises:
         OptionError: says what.
@@ -136,8 +137,8 @@ def _check_options(command):
 
 
 def _precision(on_gpu, fp32, more):
-    """Options for the device; half precision unless another is among ``more``, as fairseq would
-    mix the two up."""
+    """Options for the device. On a GPU half precision, unless ``more`` chooses a precision: fairseq
+    would mix the two up."""
     if not on_gpu:
         return ["--cpu"]
     others = ("--bf16", "--amp", "--memory-efficient-bf16", "--memory-efficient-fp16")
@@ -145,7 +146,7 @@ def _precision(on_gpu, fp32, more):
 
 
 def _value(words, option, default):
-    """The last value of an option among words of a command line."""
+    """The value of an option among the words of a command line; the last one if repeated."""
     value = default
     for word, following in zip(words, [*words[1:], None]):
         name, equals, attached = word.partition("=")
@@ -155,7 +156,7 @@ def _value(words, option, default):
 
 
 def _number(words, option, default):
-    """The last value of an option, which has to be a number from 1."""
+    """As :func:`_value`, for an option whose value has to be a number from 1."""
     value = str(_value(words, option, default))
     if not (value.isascii() and value.isdigit() and int(value) > 0):
         raise OptionError(f"{option} {value}: expected a number from 1")
@@ -183,7 +184,7 @@ def _devices(cpu, more):
 
 
 def _check_same_run(folder, facts):
-    """A folder is for one training: going on with another model or batch would spoil it."""
+    """Refuse to resume a run folder with another model or batch size."""
     if not folder.is_dir():
         return
     earlier = read_run(folder).facts
@@ -202,7 +203,7 @@ def _check_same_run(folder, facts):
 
 
 def _check_data(data, facts):
-    """The folder exists, and holds a vocabulary of the size that the scale asks for."""
+    """Check that the folder has data; warn if its vocabulary is not of the scale's size."""
     benchmark, scale = benchmarks.load(facts["benchmark"]), facts["scale"]
     scaled = "" if scale == "paper" else f" --scale {scale}"
     remedy = f"bash data-prep/{benchmark.name}.sh {data}{scaled}"

@@ -1,7 +1,7 @@
 """What the installed fairseq (ve-fairseq 0.12.3) and torch 2.11-2.13 need to work together.
 
-Each function repairs one thing and says why; :func:`apply` runs them all. It is called once, when
-the plugin is loaded.
+Each function repairs one thing, and its docstring says what is wrong without it. :func:`apply` runs
+them all. It is called once, when the plugin is loaded.
 """
 
 import importlib.util
@@ -40,8 +40,8 @@ class Overlay:
 
 
 def find_torchrun_processes_on_cpu():
-    """fairseq derives the number of processes from that of GPUs: under torchrun on a CPU every
-    process would train alone, and with the number given divide by zero GPUs."""
+    """fairseq derives the number of processes from the number of GPUs. Under torchrun on a CPU,
+    every process would train alone; with the number given, fairseq would divide by zero GPUs."""
     from fairseq.distributed import utils as distributed_utils
 
     stock_init = distributed_utils.infer_init_method
@@ -68,8 +68,8 @@ def find_torchrun_processes_on_cpu():
 
 
 def refuse_to_train_nothing():
-    """fairseq starts as many processes as there are GPUs: without any, it would end at once, as if
-    all were well."""
+    """fairseq starts as many processes as there are GPUs. Without a GPU it would start none and end
+    at once without an error."""
     from fairseq.distributed import utils as distributed_utils
 
     stock = distributed_utils.call_main
@@ -90,7 +90,7 @@ def refuse_to_train_nothing():
 
 
 def keep_off_the_tpu():
-    """Without a GPU, --bf16 switches fairseq to a TPU, whether there is one or not."""
+    """Without a GPU, --bf16 makes fairseq use a TPU, even if there is none."""
     from fairseq.distributed import utils as distributed_utils
 
     stock = distributed_utils.call_main
@@ -111,7 +111,7 @@ def _under_torchrun():
 
 
 def let_ddp_run_on_cpu():
-    """--ddp-backend pytorch_ddp names a GPU to torch's DDP, which refuses that for CPU modules."""
+    """--ddp-backend pytorch_ddp passes a GPU to torch's DDP, which refuses that for CPU modules."""
     from fairseq.models import distributed_fairseq_model
 
     stock = distributed_fairseq_model.DistributedDataParallel
@@ -126,9 +126,9 @@ def let_ddp_run_on_cpu():
 
 
 def keep_the_last_batch():
-    """The installed fairseq leaves out a last batch whose size is no multiple of
-    --required-batch-size-multiple, by default 8: sentences of a test set would go untranslated and
-    unscored, without a word."""
+    """The installed fairseq leaves out the last batch if its size is not a multiple of
+    --required-batch-size-multiple (default 8). Some sentences of a test set would not be translated
+    or scored, without a warning."""
     from fairseq.data import data_utils
 
     stock = data_utils.batch_by_size
@@ -145,8 +145,8 @@ def keep_the_last_batch():
 
 
 def write_log_files_once():
-    """With --log-file, fairseq opens the file anew at every epoch and validation, and writes what
-    follows once more each time."""
+    """With --log-file, fairseq adds another handler for the file at every epoch and validation, so
+    that later lines are written several times."""
     from fairseq.logging import progress_bar
 
     stock = progress_bar.progress_bar
@@ -164,8 +164,8 @@ def write_log_files_once():
 
 
 def explain_chosen_parts_in_help():
-    """fairseq parses twice, and learns the options of model, task and criterion in between; its
-    --help ends the first parsing and so never shows them."""
+    """fairseq parses the command line twice, and adds the options of model, task and criterion in
+    between. Its --help ends the first parsing and so never shows them."""
     from fairseq import options
 
     stock = options.parse_args_and_arch
@@ -188,8 +188,8 @@ def explain_chosen_parts_in_help():
 
 
 def print_user_errors_in_one_line():
-    """A mistake in an option deserves a sentence, not a traceback. Also when fairseq has wrapped
-    the error in one of its own."""
+    """Print user errors without a traceback, also when fairseq has wrapped the error in one of its
+    own."""
     stock_hook = sys.excepthook
 
     def hook(kind, error, traceback):
@@ -200,7 +200,7 @@ def print_user_errors_in_one_line():
         if ours:
             print(f"error: {ours[0]}", file=sys.stderr)
         elif dist.is_initialized() and any(map(is_lost_connection, causes)):
-            # torch catches what goes to sys.stderr, to print it when this returns
+            # torch captures sys.stderr, and prints it only when this returns
             print(f"error: {roll_call()} ({error})", file=sys.__stderr__, flush=True)
             logging.shutdown()
             os._exit(1)  # torch's own end may wait for those that are lost

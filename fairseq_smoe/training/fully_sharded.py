@@ -1,8 +1,8 @@
-"""--ddp-backend fully_sharded: each rank has a shard of the parameters that all use (ZeRO, arXiv
-1910.02054), by fairscale. Experts that ranks share stay where they are.
+"""--ddp-backend fully_sharded: fairscale's FSDP for all parameters but shared experts.
 
-Checkpoints are as without it: the optimizer's state is that of the model's own parameters, not of
-the flat ones that fairscale makes of them.
+Each rank holds a shard of the parameters that all ranks use (ZeRO, arXiv 1910.02054). Experts that
+ranks share stay where they are. Checkpoints are the same as without sharding: the optimizer's state
+is stored for the model's own parameters, not for the flat ones that fairscale makes of them.
 """
 
 from functools import cached_property
@@ -20,7 +20,7 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module")
 
 
 def check_options(cfg):
-    """What sharding needs, and what does not go together with it.
+    """Check what sharding requires, and refuse options that it does not work with.
 
     Args:
         cfg: fairseq's options for distributed training.
@@ -48,37 +48,39 @@ def original_name(name):
 
 
 class FullyShardedModel(FullyShardedDataParallel):
-    """A model, or a layer of one, of whose parameters each rank has a shard; but for experts that
-    ranks share, of which it has its own."""
+    """A model, or a layer of one, whose parameters are sharded over the ranks. Experts that ranks
+    share are not sharded: each rank has its own."""
 
     def __init__(self, module, **kwargs):
         for parameter in module.parameters():
             if hasattr(parameter, "expert"):
-                parameter._is_sharded = True  # fairscale's mark of what it leaves alone
+                parameter._is_sharded = True  # fairscale does not shard parameters with this mark
         super().__init__(module, **kwargs)
 
     def state_dict(self, *args, **kwargs):
-        """That of the model inside, on every rank; fairseq's has it on the first one alone."""
+        """The wrapped model's, on every rank; fairseq's version returns it on the first rank
+        only."""
         return FSDP.state_dict(self, *args, **kwargs)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None):
-        """As that of the model inside. Every rank has read it; fairseq's would send it around."""
+        """As the wrapped model's. Every rank has read the file; fairseq's version would broadcast
+        it."""
         with self.summon_full_params():
             return self.unwrapped_module.load_state_dict(state_dict, strict, model_cfg)
 
     @cached_property
     def original_names(self):
-        """Names of all parameters of the model inside. Every rank has to ask for them."""
+        """Names of all parameters of the wrapped model. Every rank has to call this."""
         with self.summon_full_params(volatile=True):
             return [original_name(name) for name, _ in self.unwrapped_module.named_parameters()]
 
     def gather_full_optim_state_dict(self, optim, **_):
-        """State of an optimizer, by the parameters of the model inside.
+        """The optimizer's state, for the parameters of the wrapped model.
 
-        Every rank has to call this. What is sharded is on the first one, after.
+        Every rank has to call this. Only the first rank gets the state of sharded parameters.
 
         Args:
-            optim: fairseq's, of this model's parameters.
+            optim: fairseq's optimizer of this model's parameters.
         """
         state, flat_parameters = optim.state_dict(), self._flat_parameters()
         entries = dict.fromkeys(self.original_names, {})
@@ -94,8 +96,12 @@ class FullyShardedModel(FullyShardedDataParallel):
         return _with_entries(state, entries.values())
 
     def get_shard_from_optim_state_dict(self, state):
-        """What a rank needs of what :meth:`gather_full_optim_state_dict`, or an optimizer of a
-        model that is not sharded, has returned."""
+        """This rank's share of an optimizer's state.
+
+        Args:
+            state: as :meth:`gather_full_optim_state_dict`, or the optimizer of a model that is not
+                sharded, has returned it.
+        """
         flat_parameters = self._flat_parameters()
         kept = {name: state["state"].get(i, {}) for i, name in enumerate(self.original_names)}
         entries = []
@@ -110,7 +116,7 @@ class FullyShardedModel(FullyShardedDataParallel):
         return _with_entries(state, entries)
 
     def _flat_parameters(self):
-        """``{flat parameter: (its wrapper, names of the parameters that it was made of)}``"""
+        """``{flat parameter: (its wrapper, names of the parameters it was made from)}``"""
         found = {}
         for path, module in self.named_modules():
             for flat in module.params if isinstance(module, FSDP) else ():
@@ -120,8 +126,8 @@ class FullyShardedModel(FullyShardedDataParallel):
 
 
 def _unsharded(value, flat, wrapper):
-    """What an optimizer keeps of a flat parameter -> of each of those that it was made of; where it
-    is sharded, on the first rank alone."""
+    """Split the optimizer's state of a flat parameter into that of the parameters it was made from.
+    Of a sharded parameter only the first rank gets it."""
     _, shapes, numels = flat.metadata()
     if not (isinstance(value, torch.Tensor) and value.shape == flat.shape):
         return [value] * len(shapes)
@@ -130,7 +136,7 @@ def _unsharded(value, flat, wrapper):
         dist.all_gather_into_tensor(value, shard, group=wrapper.process_group)
     if wrapper.rank > 0:
         return None
-    pieces = value[: sum(numels)].cpu().split(numels)  # behind them there may be padding
+    pieces = value[: sum(numels)].cpu().split(numels)  # padding may follow the parameters
     return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
 
 

@@ -1,7 +1,7 @@
-"""Where fairseq's training calls what this project puts in its place.
+"""Replacements of functions that fairseq's training calls.
 
-Each function sets one of fairseq's names, and says why; :func:`apply` runs them all, once, when the
-plugin is loaded.
+Each function replaces one of them, and its docstring says why. :func:`apply` runs them all. It is
+called once, when the plugin is loaded.
 """
 
 import errno
@@ -38,7 +38,7 @@ def apply():
 
 
 def train_with_our_trainer():
-    """fairseq-train builds a Trainer of its own, and ends its loop where it likes."""
+    """fairseq-train has no option for the class of its trainer, or for when to stop its loop."""
     from fairseq_smoe.training.trainer import SMoETrainer, StopTraining, stop_and_save
 
     for module in _train_modules():
@@ -63,13 +63,14 @@ def train_with_our_trainer():
 
 
 def _train_modules():
-    """fairseq_cli.train, which may have been started as a program, or not be there."""
+    """The modules with fairseq-train's code: fairseq_cli.train if imported, ``__main__`` if it was
+    started as a program."""
     modules = (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"])
     return [module for module in modules if hasattr(module, "validate_and_save")]
 
 
 def shard_all_but_experts():
-    """fairseq wraps models in a class of its own for --ddp-backend fully_sharded."""
+    """For --ddp-backend fully_sharded, wrap models in this project's class instead of fairseq's."""
     from fairseq.distributed import fully_sharded_data_parallel
 
     from fairseq_smoe.training.fully_sharded import FullyShardedModel, check_options
@@ -87,8 +88,8 @@ def shard_all_but_experts():
 
 
 def read_checkpoints_safely():
-    """fairseq leaves to torch's default, and to the environment, whether a checkpoint may run code;
-    and cannot put one together from parts."""
+    """fairseq leaves it to torch's default, and to the environment, whether a checkpoint may
+    execute code. It also cannot read a checkpoint in parts."""
     from fairseq import checkpoint_utils
 
     def load(handle, map_location=None):
@@ -98,8 +99,8 @@ def read_checkpoints_safely():
 
 
 def write_checkpoints_whole():
-    """fairseq tries three times to write what the disk does not take, and makes checkpoint_last.pt
-    by copying into it, so that a crash leaves half of it."""
+    """fairseq tries three times to write to a full disk. It also makes checkpoint_last.pt by
+    copying into the file, so that a crash leaves it incomplete."""
     from fairseq import checkpoint_utils
 
     stock_save, manager = checkpoint_utils.torch_persistent_save, checkpoint_utils.PathManager
@@ -121,7 +122,7 @@ def write_checkpoints_whole():
 
 
 def _copy_whole(source, target):
-    """A second name for a file, which takes no space, or else a copy; never half of it."""
+    """Make a hard link, which takes no space, or else a copy that is never incomplete."""
     unfinished = f"{target}.unfinished-{os.getpid()}"
     try:
         try:
@@ -136,8 +137,8 @@ def _copy_whole(source, target):
 
 
 def go_on_when_a_checkpoint_fails():
-    """A full disk is no reason to lose what has been trained: the next checkpoint may fit, and the
-    previous one is there. Only at the end of a training it is an error."""
+    """Keep training when a checkpoint cannot be written: the previous one is still there, and the
+    next may fit. It is an error only at the end of the training."""
     from fairseq import checkpoint_utils
 
     stock = checkpoint_utils.save_checkpoint
@@ -174,7 +175,7 @@ def go_on_when_a_checkpoint_fails():
 
 
 def fall_back_to_a_whole_checkpoint():
-    """For --restore-fallback."""
+    """Implement --restore-fallback."""
     from fairseq import checkpoint_utils
 
     stock = checkpoint_utils.load_checkpoint
@@ -195,7 +196,7 @@ def fall_back_to_a_whole_checkpoint():
 
 
 def wait_no_longer_than_asked():
-    """--distributed-timeout; and processes learn each other's machine, to name one that is lost."""
+    """Apply --distributed-timeout, and let ranks know each other's machine, to name a lost one."""
     from fairseq.distributed import utils as distributed_utils
 
     stock = distributed_utils.distributed_init
@@ -204,7 +205,7 @@ def wait_no_longer_than_asked():
     def distributed_init(cfg):
         seconds = getattr(cfg.task, "distributed_timeout", None)
         waiting = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
-        # fairseq makes a group of its own for gradients and logs; torch would give it half an hour
+        # fairseq makes a group for gradients and logs; torch's default timeout for it is 30 minutes
         makers = {
             name: partial(getattr(dist, name), **waiting)
             for name in ("init_process_group", "new_group")

@@ -1,4 +1,4 @@
-"""Naming the processes of a training that have died or cannot be reached."""
+"""Naming the ranks that have died or cannot be reached."""
 
 import queue
 import socket
@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-PATIENCE = 10  # seconds that the others have to notice a failure, too
+PATIENCE = 10  # seconds for the other ranks to notice a failure, too
 
-# of the messages of torch's backends when a process does not answer; only some have a type
+# words in the errors of torch's backends when a rank does not answer; few have a type of their own
 _SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -28,31 +28,31 @@ _SIGNS = (
 
 
 def sign_in():
-    """Let the others know the name of this process's machine. To be called by all processes."""
+    """Tell the other ranks the name of this rank's machine. Every rank has to call this."""
     _store().set(f"machine/{dist.get_rank()}", socket.gethostname())
 
 
 def is_lost_connection(error):
-    """Whether an exception says that another process does not answer."""
+    """Whether an exception means that another rank does not answer."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def roll_call(patience=PATIENCE):
-    """Ask who is there, after a failure.
+    """Find out after a failure which ranks are lost.
 
-    Every process that notices the failure calls this; those that do not are the lost ones. What
-    they have in common is torch's store, on the machine of the first process.
+    Every rank that notices the failure calls this; those that do not are the lost ones. The ranks
+    meet in torch's store, on the machine of rank 0.
 
     Args:
-        patience: seconds to wait for the others; twice as long for the store itself.
+        patience: seconds to wait for the other ranks; twice as long for the store itself.
 
     Returns:
-        A sentence that names the lost processes.
+        A sentence that names the lost ranks.
     """
     found = queue.SimpleQueue()
-    # where the machine of the store is cut off, some of its functions never return
+    # if the store's machine is cut off, some of its functions never return
     threading.Thread(target=lambda: found.put(_find_lost(patience)), daemon=True).start()
     me = f"rank {dist.get_rank()}"
     try:
@@ -68,7 +68,7 @@ def roll_call(patience=PATIENCE):
 
 
 def _find_lost(patience):
-    """Names of those that do not answer; None where nobody can be asked."""
+    """Names of the ranks that do not answer; None if the store cannot be reached."""
     deadline = time.monotonic() + patience
     try:
         store = _store()
@@ -94,5 +94,5 @@ def _machine(store, rank):
 
 
 def _store():
-    # torch has no public name for the store that its processes have in common
+    # torch has no public name for its default store
     return dist.distributed_c10d._get_default_store()

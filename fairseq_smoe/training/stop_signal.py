@@ -9,13 +9,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 has come, in the place of ending the process.
+    """Records SIGTERM or SIGUSR1 instead of ending the process.
 
-    Clusters send them to everything that runs. Processes that load data for this one live on, as
-    the training may need a few more batches until all of its processes have agreed to end.
+    Clusters send these signals to every process of a job. Data-loader processes have to ignore
+    them, because training may need a few more batches until all ranks have agreed to stop.
 
     Attributes:
-        number: the signal's; 0 until one comes.
+        number: number of the signal received; 0 if none.
     """
 
     def __init__(self):
@@ -24,7 +24,8 @@ class StopSignal:
         util.register_after_fork(self, StopSignal._obey_none_but_the_parent)
 
     def listen(self):
-        """From now on. Does nothing in other threads than the first, to which no signals come."""
+        """Start to record signals. Does nothing outside the main thread, which alone gets
+        signals."""
         if self._listening or threading.current_thread() is not threading.main_thread():
             return
         self._listening = True
@@ -35,7 +36,7 @@ class StopSignal:
         self.number = number
 
     def _obey_none_but_the_parent(self):
-        # blocked, not ignored: torch gives processes that load data a handler of its own
+        # blocked, not ignored: torch installs a handler of its own in data-loader processes
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
 

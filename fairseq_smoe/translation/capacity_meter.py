@@ -1,4 +1,4 @@
-"""Requested capacity of everything that passes through a model, per expert layer."""
+"""Mean requested capacity per expert layer, of all tokens that a model processes."""
 
 from fairseq_smoe.translation.layers import expert_layers
 
@@ -6,8 +6,8 @@ from fairseq_smoe.translation.layers import expert_layers
 class CapacityMeter:
     """Counts passes in forward hooks on the expert layers of some models.
 
-    At generation the encoder's tokens are those of the source, the decoder's those of every beam
-    and step.
+    At generation the encoder's tokens are the source tokens; the decoder's are the tokens of every
+    beam and step.
 
     Attributes:
         layers: ``{layer name: [sum of passes, number of tokens]}``

@@ -1,4 +1,4 @@
-"""Refusing a checkpoint whose experts are laid out differently from the model's."""
+"""Refusing a checkpoint whose expert blocks differ from the model's."""
 
 from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints.parts import is_expert_parameter
@@ -12,7 +12,7 @@ def check_layout(model, state_dict, group=None):
         group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that shares the model's experts.
 
     Raises:
-        OptionError: another strata layout, expert layers in other places, or other parameters.
+        OptionError: the strata, the places of the expert layers, or the parameters differ.
     """
     own_state = model.state_dict()
     expected, found = gate_sizes(own_state), gate_sizes(state_dict)

@@ -1,9 +1,9 @@
-"""The data of many directions: which files there are, each opened once, and their sizes.
+"""The data of many directions: finding the files, opening each once, and their sizes.
 
-A pair's files are ``SPLIT.A-B.A.{bin,idx}`` and ``SPLIT.A-B.B.{bin,idx}`` and serve both
-directions. They lie in the data folder; those for training may lie in its subfolders ``shard000``,
-``shard001``, ... instead, of which a pair may have fewer than another. Epoch e reads of each
-direction shard (e - 1) modulo the number of its shards.
+A pair's files are ``SPLIT.A-B.A.{bin,idx}`` and ``SPLIT.A-B.B.{bin,idx}``. They serve both
+directions and are in the data folder. Training files may be in its subfolders ``shard000``,
+``shard001``, ... instead. Pairs may have different numbers of shards. Epoch e reads shard (e - 1)
+modulo the number of shards of each direction.
 """
 
 import itertools
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class DirectionDataset(ConcatDataset):
     """The datasets of several directions as one, whose batches know each sentence's direction.
 
-    A batch gains ``direction``: (B,) int64, the entry of ``directions`` for the dataset a sentence
-    is from, and ``position``: (B,) int64, its number in that dataset. ``id`` counts over all
-    datasets.
+    A batch gets two more entries: ``direction``, (B,) int64, the index of each sentence's
+    direction, and ``position``, (B,) int64, the sentence's index in the dataset of its direction.
+    ``id`` is the index over all datasets.
     """
 
     def __init__(self, datasets, directions):
@@ -57,10 +57,11 @@ class DirectionDataset(ConcatDataset):
 class DirectionDataManager(MultilingualDatasetManager):
     """fairseq's data manager, for folders of a hundred pairs.
 
-    It opens a file once for both directions of a pair, reads equal dictionaries once, finds the
-    shards in the data folder, samples by the size of all shards from the first epoch on, draws
-    the sentences of a direction equally often, and leaves directions without validation or test
-    files out of those splits.
+    * It opens a file once for both directions of a pair, and reads equal dictionaries once.
+    * It finds the shards in the data folder, and samples by the size of all shards from the first
+      epoch on.
+    * It draws the sentences of a direction equally often.
+    * It leaves directions without validation or test files out of those splits.
     """
 
     def __init__(self, *args):
@@ -90,16 +91,16 @@ class DirectionDataManager(MultilingualDatasetManager):
         return super().load_all_dictionaries(args, language_list, load_once, training)
 
     def load_data(self, path, vdict, impl):
-        """The dataset of one file, without language tokens: shared by all who use it."""
+        """The dataset of one file, without language tokens; all directions that use it share it."""
         dataset = self._open_files.get(path)
         if dataset is None:
             dataset = super().load_data(path, vdict, impl)
-            if not dataset.supports_prefetch:  # that one keeps what its only user will ask for
+            if not dataset.supports_prefetch:  # its prefetching serves a single user only
                 self._open_files[path] = dataset
         return dataset
 
     def load_a_dataset(self, *args, **kwargs):
-        """The dataset of one direction, which draws its sentences evenly."""
+        """The dataset of one direction, whose sentences are drawn equally often."""
         dataset = super().load_a_dataset(*args, **kwargs)
         # asked by fairseq, which itself draws all with replacement where it wants one sentence more
         # than there are, and so leaves out a third of a direction that it means to read once
@@ -148,11 +149,11 @@ class DirectionDataManager(MultilingualDatasetManager):
         )
 
     def get_split_data_param_list(self, split, epoch, shard_epoch=None):
-        """What each direction's dataset is made of; of its shards, the epoch's."""
+        """The parameters of each direction's dataset, with the epoch's shard of it."""
         params = super().get_split_data_param_list(split, epoch, shard_epoch)
         shards = self._shards_by_key(split)
         for param in params:
-            # fairseq counts a direction's folders, then takes as many from the front of all
+            # fairseq counts a direction's folders, then takes that many from the front of all
             if folders := shards.get(param["key"]):
                 shard = self.get_shard_id(len(folders), epoch, shard_epoch)
                 param["data_path"] = folders[shard]
@@ -162,8 +163,8 @@ class DirectionDataManager(MultilingualDatasetManager):
         return params
 
     def get_train_dataset_sizes(self, data_param_list, datasets, epoch, shard_epoch=None):
-        """Sentences of each direction in all its shards, by the files' headers; fairseq takes
-        shards not loaded yet to be as large as the largest so far."""
+        """Number of sentences of each direction in all its shards, from the files' headers. fairseq
+        would assume that shards not loaded yet are as large as the largest so far."""
         split = data_param_list[0]["split"]
         for key, folders in self._shards_by_key(split).items():
             if len(folders) > 1:
@@ -185,8 +186,8 @@ class DirectionDataManager(MultilingualDatasetManager):
         }
 
     def _count_sentences(self, folder, split, direction):
-        """As many as the dataset of this folder will have, which fairseq makes of the split's
-        files train, train1, train2, ..."""
+        """Number of sentences of a direction in a folder. fairseq joins the split's files train,
+        train1, train2, ..."""
         source = direction.split("-")[0]
         counts = []
         for k in itertools.count():
@@ -202,7 +203,7 @@ class DirectionDataManager(MultilingualDatasetManager):
         return sum(counts)
 
     def load_into_concat_dataset(self, split, datasets, data_param_list):
-        """All directions of a validation or test set, in a row."""
+        """One dataset of all directions of a validation or test set, one after another."""
         dataset = super().load_into_concat_dataset(split, datasets, data_param_list)
         if not isinstance(dataset, ConcatDataset):
             return dataset
@@ -211,14 +212,14 @@ class DirectionDataManager(MultilingualDatasetManager):
 
 
 def draw_evenly(size, rng, number):
-    """``number`` indices below ``size``, each as often as any other, give or take one."""
+    """``number`` indices below ``size``; how often they occur differs by one at most."""
     passes, rest = divmod(number, size)
     return np.concatenate([np.tile(np.arange(size), passes), rng.choice(size, rest, replace=False)])
 
 
 def find_shards(data):
-    """Folders of the training files: those of ``data`` if they are several, joined by colons, else
-    its subfolders ``shard000``, ``shard001``, ..., else itself."""
+    """Folders of the training files: the folders that ``data`` lists, joined by colons, if several;
+    else its subfolders ``shard000``, ``shard001``, ...; else ``data`` itself."""
     folders = utils.split_paths(data)
     if len(folders) > 1:
         return folders

@@ -1,4 +1,4 @@
-"""fairseq's transformer layers with an expert block in the place of the FFN sublayer."""
+"""fairseq's transformer layers with an expert block instead of the FFN sublayer."""
 
 from functools import partial
 
@@ -28,7 +28,8 @@ def build_expert_block(cfg, side):
 
 
 class _NoFFN(nn.Module):
-    """Makes the parent's FFN sublayer add nothing, so that its forward ends after attention."""
+    """Stands in for the parent's FFN sublayer and adds nothing, so that the parent's forward pass
+    ends after attention."""
 
     def forward(self, x):
         return x.new_zeros(())
@@ -37,9 +38,9 @@ class _NoFFN(nn.Module):
 class ExpertLayerMixin:
     """Replaces the FFN sublayer of a fairseq transformer layer by an expert block.
 
-    ``routing_stats`` holds the :class:`~fairseq_smoe.moe.block.BlockStats` of the last forward
-    pass, because fairseq's decoder drops what a layer returns beyond its three values. The reader
-    resets it to None.
+    ``routing_stats`` has the :class:`~fairseq_smoe.moe.block.BlockStats` of the last forward pass.
+    It is an attribute because fairseq's decoder drops whatever a layer returns beyond three values.
+    Code that reads it resets it to None.
     """
 
     def build_fc1(self, *_):
@@ -57,25 +58,25 @@ class ExpertLayerMixin:
 
     @property
     def routed_block(self):
-        """The :class:`~fairseq_smoe.moe.block.SMoEBlock` inside of what is arranged around it."""
+        """The :class:`~fairseq_smoe.moe.block.SMoEBlock` inside the arrangements around it."""
         block = self.expert_block
         while hasattr(block, "block"):
             block = block.block
         return block
 
     def maybe_checkpointed(self, function):
-        """``function``, recomputed in backward under --checkpoint-activations.
+        """``function``; with --checkpoint-activations, one that is recomputed in backward.
 
-        fairseq's own wrapper runs the forward pass without gradients and so would lose that of
-        the balance loss, which is no return value of the layer; torch's keeps it.
+        fairseq's own wrapper runs the forward pass without gradients, and would lose the gradient
+        of the balance loss, which the layer does not return. torch's wrapper keeps it.
         """
         if self.checkpoint_activations and self.training:
             return partial(checkpoint, function, use_reentrant=False)
         return function
 
     def apply_experts(self, x, padding_mask):
-        """(S, B, D) -> (S, B, D) and statistics. Tokens are taken sentence by sentence, so that
-        capacity goes to them in that order."""
+        """(S, B, D) -> (S, B, D) and statistics. Tokens enter the block sentence by sentence, so
+        that experts' capacity is filled in that order."""
         y, stats = self.expert_block(x.transpose(0, 1), padding_mask)
         return y.transpose(0, 1), stats
 
@@ -125,7 +126,7 @@ def expert_layers(model):
 
 
 def find_expert_group(model):
-    """The :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that holds a model's experts; None where
-    this process holds all."""
+    """The :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that shares a model's experts; None
+    if this process holds all of them."""
     groups = [layer.expert_group for _, layer in expert_layers(model)]
     return groups[0] if groups else None

@@ -1,4 +1,4 @@
-"""How the C library keeps memory."""
+"""Settings of glibc's memory allocator."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory():
-    """Let this process keep what it frees, for the next tensor of that size.
+    """Let this process keep freed memory for the next tensor of that size.
 
-    A training step on the CPU makes tensors of many megabytes. By default glibc gives such memory
-    back at once, and the next step gets it anew, page by page, which can take longer than the
-    arithmetic. Does nothing with another C library, or where the environment has settings of the
-    user's own (``MALLOC_...``).
+    A training step on the CPU allocates tensors of many megabytes. By default glibc returns such
+    memory to the system at once, and the next step gets it again, page by page, which can take
+    longer than the arithmetic. Does nothing with another C library, or if the environment has
+    settings of the user's own (``MALLOC_...``).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

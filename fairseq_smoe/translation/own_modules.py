@@ -1,7 +1,7 @@
-"""Gates, kinds of experts and arrangements of the user's own: importing what a command line names.
+"""Importing the modules with a user's own gates, experts and arrangements.
 
-Only a command line does that. A checkpoint names classes too, in the options of its model, but what
-comes from elsewhere must not decide which code runs here.
+Only modules named on a command line are imported. A checkpoint names classes too, in the options of
+its model, but a file from elsewhere must not decide which code runs here.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.doors import DOORS
 
 MODULES_HELP = (
-    "modules with gates, experts or arrangements of your own, joined by commas, which a checkpoint "
-    "needs; they are looked for in the current folder, too. For modules that you trust: they run"
+    "modules with gates, experts or arrangements of your own that a checkpoint needs, joined by "
+    "commas; the current folder is searched, too. Their code is executed: name only modules that "
+    "you trust"
 )
 
 
@@ -23,7 +24,7 @@ def import_named_modules(words):
     :data:`~fairseq_smoe.moe.doors.DOORS` name.
 
     Args:
-        words: of a command line; others are passed over.
+        words: of a command line; words of other options are ignored.
 
     Raises:
         OptionError: a module cannot be imported.
@@ -43,7 +44,7 @@ def import_named_modules(words):
 
 
 def _import(flag, name):
-    sys.path.insert(0, os.getcwd())  # which the path of an installed command lacks
+    sys.path.insert(0, os.getcwd())  # not on the path of an installed command
     try:
         importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a user can see of the routing: numbers per batch, averaged by fairseq's loggers.
+"""Routing statistics that training logs: numbers per batch, averaged by fairseq's loggers.
 
 Every number is an average over *all* gates of all expert layers that saw tokens.
 """
@@ -25,8 +25,8 @@ def gate_metrics(record):
         record: :class:`~fairseq_smoe.moe.block.GateRecord`
 
     Returns:
-        (6,) float32, without gradient and without waiting for the device; zeros of a gate that saw
-        no token.
+        (6,) float32, without gradient and without waiting for the device; zeros if the gate saw no
+        token.
     """
     scores_TE, first_T = record.scores_TE.float(), record.best_T
     num_tokens, num_experts = scores_TE.shape
@@ -56,7 +56,7 @@ def gate_metrics(record):
 
 
 def _percent(of_C, which_C):
-    """Percent of the choices that ``of_C`` weighs that are ``which_C``; 0 of none."""
+    """Percent of the choices ``of_C`` (weights) that are ``which_C``; 0 if there are none."""
     return 100 * (of_C * which_C).sum() / of_C.sum().clamp(min=1)
 
 

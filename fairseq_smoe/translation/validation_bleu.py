@@ -1,4 +1,4 @@
-"""BLEU of the validation sentences, over vocabulary pieces, while a model trains."""
+"""BLEU over vocabulary pieces of validation sentences, during training (--eval-bleu)."""
 
 import torch
 from fairseq.logging import metrics
@@ -20,9 +20,9 @@ def add_arguments(parser):
     parser.add_argument(
         "--eval-bleu",
         action="store_true",
-        help="translate validation sentences, and log BLEU over their pieces: bleu_en-de of each "
-        "direction, and bleu, the mean of all directions. With --best-checkpoint-metric bleu "
-        "--maximize-best-checkpoint-metric it chooses the best checkpoint",
+        help="translate validation sentences, and log BLEU over their pieces: bleu_en-de for each "
+        "direction, and bleu, the mean of all directions. To choose the best checkpoint by it, add "
+        "--best-checkpoint-metric bleu --maximize-best-checkpoint-metric",
     )
     parser.add_argument(
         "--eval-bleu-beam", type=int, default=1, metavar="N", help="beam of --eval-bleu"
@@ -39,9 +39,9 @@ def add_arguments(parser):
 class ValidationBLEU:
     """Translates the sentences of validation batches, which mix directions.
 
-    Every sentence gets the token of its own target language as the first of its translation, so a
-    batch is translated in one go. What is logged per batch is one tensor of sums, (directions,
-    NUM_STATISTICS), which fairseq may add over batches and processes.
+    Every translation is forced to start with the token of its own target language, so a batch of
+    several directions is translated in one go. Each batch logs one tensor of sums, (directions,
+    NUM_STATISTICS), which fairseq adds over batches and processes.
     """
 
     def __init__(self, args, directions, dictionary, data_manager):
@@ -50,7 +50,7 @@ class ValidationBLEU:
             args: options of the training.
             directions: in the order of the batches' ``direction``.
             dictionary: the vocabulary.
-            data_manager: knows the language tokens.
+            data_manager: to look up the language tokens.
 
         Raises:
             OptionError: a wrong value, or an option that this cannot work with.
@@ -79,9 +79,10 @@ class ValidationBLEU:
         self.prefix = torch.tensor(tokens).unsqueeze(1) if spec else None
 
     def statistics(self, sample, model):
-        """(directions, NUM_STATISTICS) float64: sums over the sentences of a batch that count."""
+        """(directions, NUM_STATISTICS) float64: sums over the sentences of a batch that are
+        scored."""
         sums = torch.zeros(len(self.directions), NUM_STATISTICS, dtype=torch.float64)
-        # a process without a batch of its own goes through the motions with one of training
+        # a rank without a batch of its own gets a training batch, to keep step with the others
         position_B = sample.get("position", torch.empty(0))
         limit = self.sentences or torch.inf
         chosen = (position_B < limit).nonzero().squeeze(1)
@@ -94,7 +95,7 @@ class ValidationBLEU:
             direction_B.tolist(), translated, sample["target"][chosen].cpu()
         ):
             texts[d][0].append(self._text(hypotheses[0]["tokens"].cpu(), d, "unk"))
-            # what the vocabulary lacks must not match what the model could not say
+            # an unknown piece of the reference must not match an unknown piece of the translation
             texts[d][1].append(self._text(target, d, "unknown"))
         for d, (translations, references) in texts.items():
             score = self.bleu.corpus_score(translations, [references])
@@ -104,7 +105,7 @@ class ValidationBLEU:
 
     def _translate(self, net_input, chosen, direction_B, model):
         lengths = net_input["src_lengths"][chosen]
-        # without columns that are padding for all the sentences that are left
+        # drop columns that are padding in all chosen sentences
         width = int(lengths.max())
         tokens = net_input["src_tokens"][chosen]
         tokens = tokens[:, -width:] if self._left_padded(tokens) else tokens[:, :width]
@@ -118,14 +119,14 @@ class ValidationBLEU:
         prefix = None if self.prefix is None else self.prefix[direction_B].to(tokens)
         sample = {"net_input": {"src_tokens": tokens, "src_lengths": lengths}}
         hypotheses = generator.generate([model], sample, prefix_tokens=prefix)
-        take_routing_stats(model)  # nobody asks for those of translations
+        take_routing_stats(model)  # drop the statistics of translations
         return hypotheses
 
     def _left_padded(self, tokens):
         return bool(tokens[:, 0].eq(self.dictionary.pad()).any())
 
     def _text(self, tokens, direction, unknown):
-        """Pieces as numbers, which SacreBLEU splits at spaces only."""
+        """Piece ids joined by spaces, which sacreBLEU splits at spaces only."""
         special = {self.dictionary.pad(), self.dictionary.eos()}
         if self.prefix is not None:
             special.add(int(self.prefix[direction]))

@@ -16,7 +16,7 @@ from fairseq_smoe.moe.strata import format_strata, own_experts
 @dataclass
 class StackingOptions(KindOptions):
     smoe_stacking: bool = option(
-        False, "apply the strata as plain MoE layers one after the other (baseline of the paper)"
+        False, "baseline of the paper: apply the strata as plain MoE layers one after the other"
     )
 
     def check(self, strata, options):
@@ -35,7 +35,7 @@ class StackingOptions(KindOptions):
 
 
 class Stacking(Arrangement):
-    """``--smoe-stacking``: stacked blocks in the place of stratified ones."""
+    """``--smoe-stacking``: stacked blocks instead of stratified ones."""
 
     name = "stacking"
     Options = StackingOptions

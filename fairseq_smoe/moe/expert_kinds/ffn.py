@@ -29,10 +29,10 @@ BACKENDS = ("auto", "loop", "grouped_mm")
 class FFNOptions(KindOptions):
     moe_expert_backend: str = option(
         "auto",
-        "how the experts multiply: 'loop' one by one, 'grouped_mm' all in one call of torch's "
-        "function of that name, without waiting for the GPU; 'auto' takes that where torch has a "
-        "kernel for it (bfloat16 on GPUs of compute capability 9 and 10: Hopper and Blackwell of "
-        "data centres). Changes speed only",
+        "how the experts multiply. 'loop': one by one. 'grouped_mm': all in one call of torch's "
+        "function of that name, without waiting for the GPU. 'auto': grouped_mm where torch has a "
+        "kernel for it (bfloat16 on GPUs of compute capability 9.x and 10.x: Hopper, data-centre "
+        "Blackwell), else loop. Changes speed only",
     )
 
     def check(self, strata, options):

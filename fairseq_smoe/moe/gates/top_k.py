@@ -16,7 +16,7 @@ class TopKOptions(KindOptions):
     moe_second_expert_policy: str = option(
         "sampling",
         "second expert in training: 'sampling' draws it from the gate's distribution, 'all' takes "
-        "the second highest; translation always takes the second highest",
+        "the one of second-highest probability; translation always takes the latter",
     )
     moe_capacity_factor: float = option(
         2.0,
