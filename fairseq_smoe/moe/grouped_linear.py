@@ -64,13 +64,7 @@ def grouped_mm_takes(weight_EIO):
 
 
 def grouped_mm_is_fast(weight_EIO):
-<<<<<<< HEAD
     """Whether it can with these weights, and by a kernel of its own."""
-=======
-    """Whether torch has a kernel for ``grouped_mm`` with these weights on their device. Elsewhere
-    torch falls back to a loop that waits for the device (aten's GroupedBlas, torch 2.11 to
-    2.13)."""
->>>>>>> docs
     return (
         weight_EIO.is_cuda
         and has_kernel(weight_EIO.dtype, torch.cuda.get_device_capability(weight_EIO.device))
