@@ -29,6 +29,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 def apply():
     train_with_our_trainer()
+    look_for_training_files_first()
     shard_all_but_experts()
     read_checkpoints_safely()
     write_checkpoints_whole()
@@ -60,6 +61,24 @@ def train_with_our_trainer():
             return losses, must_end
 
         module.validate_and_save = validate_and_save
+
+
+def look_for_training_files_first():
+    """fairseq opens them when the model is built and validation sets are loaded."""
+    from fairseq.tasks import TASK_REGISTRY
+
+    for module in _train_modules():
+        stock = module.main
+
+        @wraps(stock)
+        def main(cfg, stock=stock):
+            task = TASK_REGISTRY.get(getattr(cfg.task, "_name", None) or cfg.task.task)
+            check = getattr(task, "check_training_files", None)
+            if check is not None:
+                check(cfg.task)
+            return stock(cfg)
+
+        module.main = main
 
 
 def _train_modules():

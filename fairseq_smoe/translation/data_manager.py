@@ -123,30 +123,8 @@ class DirectionDataManager(MultilingualDatasetManager):
         found = [d for d in self.lang_pairs if pair_of(d, present)]
         missing = [d for d in self.lang_pairs if d not in found]
         if not found or (missing and for_training):
-            raise OptionError(self._explain_missing(missing[0], split, for_training, present))
+            raise OptionError(_explain_missing(self.args, missing[0], split, for_training, present))
         return {**data_paths, "main": os.pathsep.join(folders)}, {**lang_pairs, "main": found}
-
-    def check_files(self, split):
-        """Find out whether every direction has the files that it needs, which takes no time.
-
-        Raises:
-            OptionError: see :meth:`get_data_paths_and_lang_pairs`.
-        """
-        self.get_data_paths_and_lang_pairs(split)
-
-    def _explain_missing(self, direction, split, for_training, present):
-        option, remedy = f"--lang-pairs {direction}", "leave this direction out"
-        if self.args.source_lang:
-            option = "--source-lang {0.source_lang} --target-lang {0.target_lang}".format(self.args)
-            remedy = "choose one of them or another --gen-subset"
-        elif not for_training:
-            option = f"--valid-subset {split}"
-            remedy = "name another set or give --disable-validation"
-        some = ", ".join(sorted(present)[:5] + ["..."] * (len(present) > 5))
-        return (
-            f"{option}: no {split} sentences of {direction} in {self.args.data}, which has "
-            f"{f'some of {some}' if some else 'none at all'}; {remedy}"
-        )
 
     def get_split_data_param_list(self, split, epoch, shard_epoch=None):
         """The parameters of each direction's dataset, with the epoch's shard of it."""
@@ -209,6 +187,36 @@ class DirectionDataManager(MultilingualDatasetManager):
             return dataset
         directions = [f"{param['src']}-{param['tgt']}" for param in data_param_list]
         return DirectionDataset(dataset.datasets, [self.lang_pairs.index(d) for d in directions])
+
+
+def check_training_files(args):
+    """Find out whether every direction of ``args.lang_pairs`` has files to train on.
+
+    Raises:
+        OptionError: names the first that has none.
+    """
+    split, directions = args.train_subset, args.lang_pairs
+    if isinstance(directions, str):
+        directions = directions.split(",")
+    present = set().union(*(find_pairs(folder, split) for folder in find_shards(args.data)))
+    for direction in directions:
+        if pair_of(direction, present) is None:
+            raise OptionError(_explain_missing(args, direction, split, True, present))
+
+
+def _explain_missing(args, direction, split, for_training, present):
+    option, remedy = f"--lang-pairs {direction}", "leave this direction out"
+    if args.source_lang:
+        option = "--source-lang {0.source_lang} --target-lang {0.target_lang}".format(args)
+        remedy = "choose one of them or another --gen-subset"
+    elif not for_training:
+        option = f"--valid-subset {split}"
+        remedy = "name another set or give --disable-validation"
+    some = ", ".join(sorted(present)[:5] + ["..."] * (len(present) > 5))
+    return (
+        f"{option}: no {split} sentences of {direction} in {args.data}, which has "
+        f"{f'some of {some}' if some else 'none at all'}; {remedy}"
+    )
 
 
 def draw_evenly(size, rng, number):

@@ -13,7 +13,11 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
 from fairseq_smoe.translation import validation_bleu
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
-from fairseq_smoe.translation.data_manager import DirectionDataManager, all_directions
+from fairseq_smoe.translation.data_manager import (
+    DirectionDataManager,
+    all_directions,
+    check_training_files,
+)
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
 from fairseq_smoe.translation.own_modules import MODULES_HELP
@@ -70,6 +74,16 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         validation_bleu.add_arguments(parser)
 
     @classmethod
+    def check_training_files(cls, args):
+        """Find out, before anything is built, whether every direction of a training has text.
+
+        Raises:
+            OptionError: names the direction.
+        """
+        complete_languages(args)
+        check_training_files(args)
+
+    @classmethod
     def setup_task(cls, args, **kwargs):
         complete_languages(args)
         return cls(args, *DirectionDataManager.prepare(cls.load_dictionary, args, **kwargs))
@@ -92,8 +106,6 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def build_model(self, args, from_checkpoint=False):
         # to translate or to validate, processes do not keep step, and cannot share experts
         self.trains_in_step = not from_checkpoint
-        if not from_checkpoint and hasattr(self.args, "train_subset"):
-            self.data_manager.check_files(self.args.train_subset)
         return super().build_model(args, from_checkpoint)
 
     def train_step(self, sample, model, *args, **kwargs):
