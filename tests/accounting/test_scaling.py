@@ -325,7 +325,7 @@ def uniform_gates(rank):
         noise_TE = torch.randn(len(tokens_TD), len(weight_ED), generator=generator)
         return noise_TE + 0 * weight_ED.sum()
 
-    return mock.patch("fairseq_smoe.moe.block.gate_logits", logits)
+    return mock.patch("fairseq_smoe.moe.gate.gate_logits", logits)
 
 
 def state_in_use(trainer):

@@ -29,10 +29,9 @@ BACKENDS = ("auto", "loop", "grouped_mm")
 class FFNOptions(KindOptions):
     moe_expert_backend: str = option(
         "auto",
-        "how the experts multiply. 'loop': one by one. 'grouped_mm': all in one call of torch's "
-        "function of that name, without waiting for the GPU. 'auto': grouped_mm where torch has a "
-        "kernel for it (bfloat16 on GPUs of compute capability 9.x and 10.x: Hopper, data-centre "
-        "Blackwell), else loop. Changes speed only",
+        "how the experts multiply: 'loop' one by one, 'grouped_mm' by torch's function of that name, "
+        "without waiting for the GPU. 'auto' takes that in bfloat16 on GPUs of compute capability "
+        "9.x and 10.x, which have a kernel for it. Changes speed only",
     )
 
     def check(self, strata, options):
