@@ -23,9 +23,10 @@ DOORS = {
 def named_kinds(flag):
     """``{name: class}`` of the project's own, by name."""
     base, folder = DOORS[flag]
-    for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
-        importlib.import_module(module.name)
-    found = {kind.name: kind for kind in _subclasses(base) if kind.name}
+    modules = {m.name for m in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")}
+    for name in modules:
+        importlib.import_module(name)
+    found = {kind.name: kind for kind in _subclasses(base) if kind.__module__ in modules}
     return dict(sorted(found.items()))
 
 

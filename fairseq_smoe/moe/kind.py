@@ -30,8 +30,9 @@ class KindOptions:
 
     @classmethod
     def of(cls, options):
-        """Those among all options of the model."""
-        return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
+        """Those among all options of the model; the default where one is missing there, as in a
+        checkpoint from before it."""
+        return cls(**{f.name: getattr(options, f.name, f.default) for f in fields(cls)})
 
 
 class Kind:

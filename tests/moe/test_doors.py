@@ -16,6 +16,7 @@ from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.expert_kinds.ffn import FFNExperts
 from fairseq_smoe.moe.experts import Experts
 from fairseq_smoe.moe.gate import Choices, Gate
+from fairseq_smoe.moe.gates.top_k import TopKGate
 from fairseq_smoe.moe.kind import KindOptions, option
 from fairseq_smoe.moe.routing import mean_over
 
@@ -223,6 +224,14 @@ def test_own_kinds_by_module_and_class():
     assert {type(gate) for gate in block.gates} == {AboveGate}
     assert isinstance(block.experts, ScalingExperts)
     assert isinstance(build().experts, FFNExperts)
+
+
+def test_a_kind_derived_from_one_of_the_project_does_not_take_its_place():
+    class Derived(TopKGate):
+        pass
+
+    assert doors.find_kind("--moe-gate", "top-k") is TopKGate
+    assert Derived in doors.all_kinds()
 
 
 def test_arrangements_by_name_and_by_flag_are_the_same():
