@@ -18,9 +18,10 @@ import torch.distributed as dist
 from fairseq_smoe.checkpoints import files
 from fairseq_smoe.checkpoints.choice import newest_whole
 from fairseq_smoe.checkpoints.parts import read_checkpoint, remove_unused_folders
-from fairseq_smoe.errors import CheckpointError, OneLineError
+from fairseq_smoe.errors import OneLineError
 from fairseq_smoe.training import lost_ranks
 from fairseq_smoe.training.compat import Overlay
+from fairseq_smoe.training.late_import import when_imported
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def apply():
-    train_with_our_trainer()
-    look_for_training_files_first()
-    shard_all_but_experts()
+    change_the_training_loop()
     read_checkpoints_safely()
     write_checkpoints_whole()
     go_on_when_a_checkpoint_fails()
@@ -38,72 +37,18 @@ def apply():
     wait_no_longer_than_asked()
 
 
-def train_with_our_trainer():
-    """fairseq-train has no option for the class of its trainer, or for when to stop its loop."""
-    from fairseq_smoe.training.trainer import SMoETrainer, StopTraining, stop_and_save
-
-    for module in _train_modules():
-        module.Trainer = SMoETrainer
-        stock = module.validate_and_save
-
-        @wraps(stock)
-        def validate_and_save(cfg, trainer, task, epoch_itr, *args, stock=stock):
-            try:
-                if trainer.must_stop():
-                    raise StopTraining
-                losses, must_end = stock(cfg, trainer, task, epoch_itr, *args)
-            except StopTraining:
-                stop_and_save(cfg, trainer, epoch_itr)
-            if must_end and trainer.unsaved:
-                raise CheckpointError(
-                    f"the training ends without its last checkpoint: {trainer.unsaved}"
-                )
-            return losses, must_end
-
-        module.validate_and_save = validate_and_save
-
-
-def look_for_training_files_first():
-    """fairseq opens them when the model is built and validation sets are loaded."""
-    from fairseq.tasks import TASK_REGISTRY
-
-    for module in _train_modules():
-        stock = module.main
-
-        @wraps(stock)
-        def main(cfg, stock=stock):
-            task = TASK_REGISTRY.get(getattr(cfg.task, "_name", None) or cfg.task.task)
-            check = getattr(task, "check_training_files", None)
-            if check is not None:
-                check(cfg.task)
-            return stock(cfg)
-
-        module.main = main
-
-
-def _train_modules():
-    """The modules with fairseq-train's code: fairseq_cli.train if imported, ``__main__`` if it was
-    started as a program."""
-    modules = (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"])
-    return [module for module in modules if hasattr(module, "validate_and_save")]
-
-
-def shard_all_but_experts():
-    """For --ddp-backend fully_sharded, wrap models in this project's class instead of fairseq's."""
+def change_the_training_loop():
+    """See :mod:`~fairseq_smoe.training.training_loop`, which has to be imported after the repairs."""
     from fairseq.distributed import fully_sharded_data_parallel
 
-    from fairseq_smoe.training.fully_sharded import FullyShardedModel, check_options
+    from fairseq_smoe.training.fully_sharded import FullyShardedModel
+    from fairseq_smoe.training.training_loop import change_train
 
-    stock = fully_sharded_data_parallel.fsdp_enable_wrap
-
-    @wraps(stock)
-    def fsdp_enable_wrap(cfg):
-        check_options(cfg)
-        return stock(cfg)
-
+    when_imported("fairseq_cli.train", change_train)
+    if hasattr(sys.modules["__main__"], "validate_and_save"):  # fairseq_cli.train as a program
+        change_train(sys.modules["__main__"])
+    # what models are wrapped in for --ddp-backend fully_sharded
     fully_sharded_data_parallel.FullyShardedDataParallel = FullyShardedModel
-    for module in _train_modules():
-        module.fsdp_enable_wrap = fsdp_enable_wrap
 
 
 def read_checkpoints_safely():
@@ -160,10 +105,14 @@ def go_on_when_a_checkpoint_fails():
     next may fit. It is an error only at the end of the training."""
     from fairseq import checkpoint_utils
 
+    from fairseq_smoe.training.trainer import SMoETrainer
+
     stock = checkpoint_utils.save_checkpoint
 
     @wraps(stock)
     def save_checkpoint(cfg, trainer, epoch_itr, val_loss):
+        if not isinstance(trainer, SMoETrainer):
+            return stock(cfg, trainer, epoch_itr, val_loss)
         best = getattr(save_checkpoint, "best", None)
         trainer.unsaved = None
         try:
@@ -197,11 +146,14 @@ def fall_back_to_a_whole_checkpoint():
     """Implement --restore-fallback."""
     from fairseq import checkpoint_utils
 
+    from fairseq_smoe.training.trainer import SMoETrainer
+
     stock = checkpoint_utils.load_checkpoint
 
     @wraps(stock)
     def load_checkpoint(cfg, trainer, **kwargs):
-        if getattr(trainer.cfg.task, "restore_fallback", False):
+        ours = isinstance(trainer, SMoETrainer)
+        if ours and getattr(trainer.cfg.task, "restore_fallback", False):
             asked = cfg.restore_file
             if asked == "checkpoint_last.pt":
                 asked = os.path.join(cfg.save_dir, asked)

@@ -1,0 +1,34 @@
+"""Changing a module that may be imported later."""
+
+import importlib.util
+import sys
+
+
+def when_imported(name, change):
+    """Call ``change(module)``: at once if the module is imported, else when it is."""
+    if name in sys.modules:
+        change(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Finder(name, change))
+
+
+class _Finder:
+    """Stands before Python's own finders until its module is imported."""
+
+    def __init__(self, name, change):
+        self._name, self._change = name, change
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_change(module):
+                execute(module)
+                self._change(module)
+
+            spec.loader.exec_module = execute_and_change
+        return spec
