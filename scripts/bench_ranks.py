@@ -50,7 +50,7 @@ def main():
     contestants = {
         "1 process": (1, 1),
         f"{args.processes} processes": (args.processes, 1),
-        f"{args.processes} processes that share the experts": (args.processes, args.processes),
+        f"{args.processes} processes, experts sharded over them": (args.processes, args.processes),
     }
     speeds = {name: [] for name in contestants}
     with tqdm(total=args.rounds * len(contestants), unit="training") as progress:
