@@ -1,7 +1,7 @@
 """Replacements of functions that fairseq's training calls.
 
-Each function replaces one of them, and its docstring says why. :func:`apply` runs them all. It is
-called once, when the plugin is loaded.
+Each function here replaces one or more of them, and its docstring says why. :func:`apply` runs all
+of them. It is called once, when the plugin is loaded.
 """
 
 import errno
@@ -39,7 +39,7 @@ def apply():
 
 
 def train_with_our_trainer():
-    """fairseq-train has no option for the class of its trainer, or for when to stop its loop."""
+    """fairseq-train has no option for the class of the trainer, or to stop its loop on a signal."""
     from fairseq_smoe.training.trainer import SMoETrainer, StopTraining, stop_and_save
 
     for module in _train_modules():
@@ -64,7 +64,8 @@ def train_with_our_trainer():
 
 
 def look_for_training_files_first():
-    """fairseq opens them when the model is built and validation sets are loaded."""
+    """fairseq notices missing training files only after it has built the model and loaded the
+    validation sets."""
     from fairseq.tasks import TASK_REGISTRY
 
     for module in _train_modules():
@@ -82,8 +83,8 @@ def look_for_training_files_first():
 
 
 def _train_modules():
-    """The modules with fairseq-train's code: fairseq_cli.train if imported, ``__main__`` if it was
-    started as a program."""
+    """The modules with fairseq-train's code: fairseq_cli.train if it is imported, ``__main__`` if
+    it was started as a program."""
     modules = (sys.modules.get("fairseq_cli.train"), sys.modules["__main__"])
     return [module for module in modules if hasattr(module, "validate_and_save")]
 
@@ -107,8 +108,8 @@ def shard_all_but_experts():
 
 
 def read_checkpoints_safely():
-    """fairseq leaves it to torch's default, and to the environment, whether a checkpoint may
-    execute code. It also cannot read a checkpoint in parts."""
+    """In fairseq, torch's default and the environment decide whether a checkpoint may execute code.
+    fairseq also cannot read a checkpoint in parts."""
     from fairseq import checkpoint_utils
 
     def load(handle, map_location=None):
@@ -118,15 +119,15 @@ def read_checkpoints_safely():
 
 
 def write_checkpoints_whole():
-    """fairseq tries three times to write to a full disk. It also makes checkpoint_last.pt by
-    copying into the file, so that a crash leaves it incomplete."""
+    """fairseq tries three times to write to a full disk. It also copies into the existing
+    checkpoint_last.pt, so a crash leaves that file incomplete."""
     from fairseq import checkpoint_utils
 
     stock_save, manager = checkpoint_utils.torch_persistent_save, checkpoint_utils.PathManager
 
     @wraps(stock_save)
     def save(state, filename, async_write=False):
-        if async_write or manager.path_requires_pathmanager(filename):  # not on a disk
+        if async_write or manager.path_requires_pathmanager(filename):  # not a local file
             stock_save(state, filename, async_write)
         else:
             files.write(state, filename)
@@ -141,12 +142,12 @@ def write_checkpoints_whole():
 
 
 def _copy_whole(source, target):
-    """Make a hard link, which takes no space, or else a copy that is never incomplete."""
+    """Make a hard link, which takes no space. If that fails, copy the file atomically."""
     unfinished = f"{target}.unfinished-{os.getpid()}"
     try:
         try:
             os.link(source, unfinished)
-        except OSError:  # not every file system has links
+        except OSError:  # not every file system supports links
             shutil.copyfile(source, unfinished)
         os.replace(unfinished, target)
     finally:
@@ -156,8 +157,8 @@ def _copy_whole(source, target):
 
 
 def go_on_when_a_checkpoint_fails():
-    """Keep training when a checkpoint cannot be written: the previous one is still there, and the
-    next may fit. It is an error only at the end of the training."""
+    """Continue training when a checkpoint cannot be written: the previous one is still there, and
+    the next may fit. It is an error only at the end of the training."""
     from fairseq import checkpoint_utils
 
     stock = checkpoint_utils.save_checkpoint
@@ -215,7 +216,8 @@ def fall_back_to_a_whole_checkpoint():
 
 
 def wait_no_longer_than_asked():
-    """Apply --distributed-timeout, and let ranks know each other's machine, to name a lost one."""
+    """Apply --distributed-timeout. Ranks also tell each other the names of their machines, so that
+    error messages can name the machine of a lost rank."""
     from fairseq.distributed import utils as distributed_utils
 
     stock = distributed_utils.distributed_init
