@@ -15,7 +15,7 @@ def register():
 
 
 def __getattr__(name):
-    if name == "SMoEBlock":  # not at once: torch takes seconds to import
+    if name == "SMoEBlock":  # imported only when used: torch takes seconds to import
         from fairseq_smoe.moe.block import SMoEBlock
 
         return SMoEBlock

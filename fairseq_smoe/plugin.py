@@ -6,7 +6,7 @@ from fairseq_smoe.training import compat, hooks
 from fairseq_smoe.translation.own_modules import import_named_modules
 
 compat.apply()
-# the options of gates and experts of the user's own are among the model's, which come next
+# before the model, whose options include those of user-defined gates and experts
 import_named_modules(sys.argv[1:])
 hooks.apply()
 

@@ -1,11 +1,11 @@
-"""What it costs to count the routing of a model while it runs.
+"""The cost of collecting routing statistics while a model runs.
 
     python scripts/bench_analysis.py --checkpoint checkpoint_best.pt --direction en-de
 
-Runs a validation set without and with the collector of ``python -m fairseq_smoe analyse``, in
-alternating rounds: teacher-forced passes, and beam search. Prints medians of the rounds' ratios,
-with over without. Without --checkpoint, an untrained SMoE of the paper's base size and of --strata
-runs on random sentences.
+Runs teacher-forced passes and beam search over a validation set, without and with the collector of
+``python -m fairseq_smoe analyse``, in alternating rounds. Prints the median over the rounds of the
+ratio of times, with / without. Without --checkpoint, an untrained SMoE of the paper's base size and
+with --strata runs on random sentences.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def main():
 
 
 def seconds(job):
-    """Without a GPU those of the processor, which other processes disturb less."""
+    """Seconds that a job takes. Without a GPU this is CPU time, which other processes disturb
+    less."""
     on_gpu = torch.cuda.is_available()
     clock = time.perf_counter if on_gpu else time.process_time
     wait = torch.cuda.synchronize if on_gpu else lambda: None

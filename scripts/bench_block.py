@@ -1,19 +1,19 @@
-"""How close the block comes to dense arithmetic, and how far it is from one-hot dispatch.
+"""The speed of the block compared with dense arithmetic and with one-hot dispatch.
 
-Measures forward + backward of one block in training, in one process, the contestants taking turns:
+Measures forward + backward of one block in training. The contestants take turns in one process:
 
 * block: ``SMoEBlock`` as it is;
 * dense: a dense FFN sublayer over as many rows as the block's experts process, i.e. the same FLOPs;
 * products alone: the matrix products of the block's experts and nothing else (CPU);
 * one-hot: the same block with GShard's dispatch, which multiplies with (tokens x experts x
   capacity) tensors;
-* fairscale: its MOELayer, for a single stratum, where fairscale is installed;
-* more experts: blocks of one stratum that differ in the number of experts alone.
+* fairscale: its MOELayer, for a single stratum, if fairscale is installed;
+* more experts: blocks with one stratum that differ only in the number of experts.
 
-Prints medians of ratios: efficiency = time of dense / time of block, and the same of the products
-alone, i.e. the most that a loop over the experts can reach; how many times as long as the block
-the others take; and the peak memory of block and one-hot, each in a process of its own.
-Example:
+Prints medians of ratios. Efficiency is time of dense / time of block. The efficiency of the
+products alone is the most that a loop over the experts can reach. For the others, the ratio says
+how many times as long as the block they take. Also prints the peak memory of block and one-hot,
+each measured in a separate process. Example:
 
     python scripts/bench_block.py --strata 8 4-4 2-2-2-2 4-12 --to results/bench_block
 """
@@ -37,7 +37,7 @@ from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS
 from fairseq_smoe.moe.strata import parse_strata
 from fairseq_smoe.translation.memory import keep_freed_memory
 
-ONE_HOT_ALWAYS = 8000  # with more tokens one-hot dispatch takes up to a minute: one round of it
+ONE_HOT_ALWAYS = 8000  # with more tokens, one-hot dispatch takes up to a minute: only one round
 
 
 def make_block(kind, args, strata):
@@ -62,7 +62,7 @@ def make_tokens(args, number):
 
 
 def measure(args, strata, tokens, progress):
-    """One layout at one number of tokens: a dict for the report."""
+    """Measure one layout with one number of tokens; returns a dict for the report."""
     block, one_hot = (make_block(kind, args, strata) for kind in (SMoEBlock, OneHotBlock))
     x = make_tokens(args, tokens)
     y, stats = step(block, x)
@@ -175,7 +175,7 @@ def as_markdown(results, experts, args):
 
 
 def draw(results, path):
-    """Efficiency over the number of tokens, a line per layout."""
+    """Efficiency over the number of tokens, with one line per layout."""
     from fairseq_smoe.plots.style import COLOURS, bare, plt, save
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -202,7 +202,7 @@ def main():
     add = parser.add_argument
     add("--strata", nargs="+", default=["8", "4-4", "2-2-2-2", "4-12"])
     add("--tokens", nargs="+", type=int, default=[1024, 4096, 13000])
-    add("--experts", nargs="*", type=int, default=[8, 32, 128], help="none: not measured")
+    add("--experts", nargs="*", type=int, default=[8, 32, 128], help="if empty, not measured")
     add("--experts-tokens", type=int, default=8192, help="(default: %(default)s)")
     add("--embed-dim", type=int, default=512, help="(default: %(default)s)")
     add("--ffn-dim", type=int, default=2048, help="(default: %(default)s)")
@@ -219,7 +219,7 @@ def main():
         keep_freed_memory()  # as a training does
     cases = [(s, t) for s in args.strata for t in args.tokens]
     with tempfile.TemporaryDirectory() as folder:
-        # for fairscale, which asks for a group of processes
+        # fairscale needs a process group
         dist.init_process_group("gloo", init_method=f"file://{folder}/x", rank=0, world_size=1)
         total = args.rounds * (len(cases) + max(len(args.experts) - 1, 0))
         with tqdm(total=total, unit="round") as progress:

@@ -1,9 +1,9 @@
-"""Binarising against fairseq's own two steps, on the same text with the same vocabulary.
+"""Binarising compared with fairseq's own two steps, on the same text with the same vocabulary.
 
     python scripts/bench_data.py TEXT --pair eng-cat --lines 250000 1000000
 
-TEXT holds train.eng-cat.eng and train.eng-cat.cat, whose lines are repeated where they are fewer
-than --lines. For every size, in alternating rounds:
+TEXT holds train.eng-cat.eng and train.eng-cat.cat. If they have fewer lines than --lines, the lines
+are repeated. For every size, in alternating rounds:
 
 * ours: ``python -m fairseq_smoe prepare --steps encode binarise``;
 * stock: SentencePiece pieces as text (in batches, both sides at the same time: faster than the
@@ -119,7 +119,7 @@ def stock_command(args, folder):
 
 
 def run(command):
-    """Seconds and the memory of the largest process."""
+    """Elapsed seconds, and peak memory of the largest process."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = process.stderr.read()

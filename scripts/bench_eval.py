@@ -1,8 +1,8 @@
-"""``python -m fairseq_smoe evaluate`` against one call of ``fairseq-generate`` per direction.
+"""``python -m fairseq_smoe evaluate`` compared with ``fairseq-generate`` for each direction.
 
     python scripts/bench_eval.py CHECKPOINT DATA --sentences 200 --rounds 3
 
-Takes the first sentences of a test set of DATA in every direction that the model was trained in,
+Takes the first sentences of a test set in DATA, for every direction that the model was trained on,
 and translates them on the CPU in alternating rounds:
 
 * ours: ``python -m fairseq_smoe evaluate``, all directions in one call, without scores;
@@ -42,9 +42,9 @@ def main():
         type=int,
         nargs="+",
         metavar="N",
-        help="OMP_NUM_THREADS of both sides, measured one after another (default: as it is)",
+        help="values of OMP_NUM_THREADS to measure, one after another (default: leave it as it is)",
     )
-    parser.add_argument("--processes", type=int, help="of ours (default: its own default)")
+    parser.add_argument("--processes", type=int, help="of evaluate (default: its own default)")
     parser.add_argument("--folder", type=Path, help="for temporary files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep all measurements in FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="keep the table in FILE")
@@ -96,7 +96,7 @@ def trained_directions(args):
 
 
 def write_subset(args, target, directions):
-    """A data folder with the first sentences of the test set, and no more."""
+    """Write a data folder with only the first sentences of the test set."""
     from fairseq.data import indexed_dataset
 
     from fairseq_smoe.translation.data_manager import find_pairs, pair_of

@@ -1,8 +1,9 @@
-"""Beam search of the rows of a table against that of its dense model.
+"""Beam search of the rows of a table compared with that of its dense model.
 
-Translates made-up sentences of 10 to 50 words with untrained models, every translation to the same
-length, so that all make as many steps; the row and the dense model take turns in one process.
-Efficiency is tokens per second times FLOPs per token, both relative to the dense model. Example:
+Translates made-up sentences of 10 to 50 words with untrained models. All translations have the same
+length, so all models make the same number of steps. The row and the dense model take turns in one
+process. Efficiency is tokens per second times FLOPs per token, both relative to the dense model.
+Example:
 
     python scripts/bench_generate.py --rows smoe-2-2-2-2 vanilla-moe --beam 5
 """

@@ -1,16 +1,16 @@
-"""Several processes that train one model, against one process with all their threads.
+"""Several processes that train one model, compared with one process with the same threads.
 
     python scripts/bench_ranks.py data-bin --row smoe-2-2-2-2 --scale small --processes 2
 
-Runs real trainings with the options of `scripts/train.sh` on the CPU, in alternating rounds, with as
-many tokens in an update:
+Runs real trainings with the options of `scripts/train.sh` on the CPU, in alternating rounds, with
+the same number of tokens per update:
 
-* one process with a thread per process of the others;
-* processes of one thread under torchrun, each with all experts (expert-parallel size 1);
-* the same, with the experts spread over all of them.
+* one process with one thread for each process of the others;
+* several processes of one thread under torchrun, each with all experts (expert-parallel size 1);
+* the same, with the experts sharded over the processes.
 
-Prints Markdown: tokens per second relative to the one process, medians and quartiles over the rounds
-of what each training logs, the first updates left out.
+Prints Markdown: tokens per second relative to the single process, as median and quartiles over the
+rounds. The speed of a training is taken from its log, without the first updates.
 """
 
 import argparse
@@ -43,14 +43,14 @@ def main():
     add("--row", default="smoe-2-2-2-2", help="(default: %(default)s)")
     add("--scale", choices=SCALES, default="small", help="(default: %(default)s)")
     add("--processes", type=int, default=2, help="(default: %(default)s)")
-    add("--tokens", type=int, default=4096, help="of an update in all (default: %(default)s)")
+    add("--tokens", type=int, default=4096, help="in an update, in total (default: %(default)s)")
     add("--updates", type=int, default=15, help="of every training (default: %(default)s)")
     add_common_options(parser, rounds=3)
     args = parser.parse_args()
     contestants = {
         "1 process": (1, 1),
         f"{args.processes} processes": (args.processes, 1),
-        f"{args.processes} processes that share the experts": (args.processes, args.processes),
+        f"{args.processes} processes, experts sharded over them": (args.processes, args.processes),
     }
     speeds = {name: [] for name in contestants}
     with tqdm(total=args.rounds * len(contestants), unit="training") as progress:

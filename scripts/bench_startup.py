@@ -1,10 +1,10 @@
 """How long a training on many directions takes to start, and how much memory that needs.
 
 Starts ``fairseq-train FOLDER`` with a tiny model on the CPU, up to its first update, with fairseq's
-``translation_multi_simple_epoch`` and with ``smoe_translation``, in turns. Both train the same
-directions, in both ways, of those pairs that have training and validation files: the stock task
-starts with no others. Time counts from the start of the command, including imports and the dry run
-over the validation set; memory is the largest resident set of the main process until then. Prints
+``translation_multi_simple_epoch`` and with ``smoe_translation``, in turns. Both train both
+directions of all pairs that have training and validation files; with other pairs, fairseq's task
+does not start. Time counts from the start of the command, including imports and the dry run over
+the validation set. Memory is the largest resident set of the main process until then. Prints
 medians as a Markdown table. Example:
 
     python scripts/bench_startup.py data-bin --rounds 3

@@ -1,7 +1,7 @@
-"""Training steps of the rows of a table against those of its dense model.
+"""Training steps of the rows of a table compared with those of its dense model.
 
-Every step is one of the trainer's: forward, loss, backward, clipping, optimizer, logging,
-on made-up sentences of 10 to 50 words, with the options of `scripts/train.sh`. The row and the
+Every step is a whole step of the trainer: forward, loss, backward, clipping, optimizer, logging. It
+runs on made-up sentences of 10 to 50 words, with the options of `scripts/train.sh`. The row and the
 dense model take turns in one process. Efficiency is tokens per second times FLOPs per token, both
 relative to the dense model: 1 is as fast as dense arithmetic. Example:
 
@@ -28,7 +28,7 @@ def stepper(benchmark, row, args, use_cuda):
 
 
 def make_sample(dictionary, args):
-    """A batch as fairseq's data sets make it; source and target are different sentences."""
+    """A batch as fairseq's datasets make it; source and target are different sentences."""
     from fairseq.data.data_utils import collate_tokens
 
     source, target = (sentences(dictionary, args.tokens, args.seed) for _ in range(2))

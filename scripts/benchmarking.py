@@ -1,4 +1,4 @@
-"""What the benchmarks of models have in common: the rows of a table, taking turns, reports."""
+"""What the benchmarks have in common: building the rows of a table, taking turns, reporting."""
 
 import argparse
 import contextlib
@@ -31,11 +31,11 @@ SHORTEST, LONGEST = 10, 50  # tokens of the made-up sentences
 
 
 def make_parser(doc, **defaults):
-    """A parser with the options that all have.
+    """A parser with the options that all benchmarks have.
 
     Args:
-        doc: of the script.
-        defaults: of tokens and rounds.
+        doc: docstring of the script.
+        defaults: default values of ``tokens`` and ``rounds``.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,21 +50,21 @@ def make_parser(doc, **defaults):
 
 
 def add_common_options(parser, rounds):
-    """The options that the block's benchmark has, too."""
+    """Add the options that the benchmark of the block has as well."""
     add = parser.add_argument
     add("--rounds", type=int, default=rounds, help="turns per contestant (default: %(default)s)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
-    add("--cpu", action="store_true", help="do not use a GPU that is there")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    add("--cpu", action="store_true", help="do not use a GPU even if there is one")
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--to", type=Path, metavar="DIR", help="write results.json, table.md and a picture there")
 
 
 def compare_rows(args, make_job, what):
-    """Measure every row against the dense model and report it.
+    """Compare every row with the dense model, and report the results.
 
     Args:
         make_job: ``make_job(benchmark, row, args, use_cuda)`` returns a function to time.
-        what: it does, for the title.
+        what: what the function does, for the title.
     """
     benchmark, rows, use_cuda = start(args)
     dense = make_job(benchmark, benchmark.rows[0], args, use_cuda)
@@ -83,7 +83,7 @@ def start(args):
     """Set up fairseq and torch.
 
     Returns:
-        ``(benchmark, rows but the dense one, use_cuda)``
+        ``(benchmark, rows except the dense one, use_cuda)``
     """
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
@@ -95,7 +95,7 @@ def start(args):
 
 
 def build(benchmark, row, args, use_cuda):
-    """What fairseq-train makes of a row's command, but for data: made-up words.
+    """Build what fairseq-train builds for a row's command, but with a made-up vocabulary.
 
     Returns:
         ``(cfg, task, model, criterion)``
@@ -123,7 +123,8 @@ def build(benchmark, row, args, use_cuda):
 
 
 def sentences(dictionary, tokens, seed):
-    """Made-up sentences with as many tokens in all: list of (S,) int64, the longest first."""
+    """Made-up sentences with at least ``tokens`` tokens in total: list of (S,) int64, longest
+    first."""
     generator = torch.Generator().manual_seed(seed)
     found, total = [], 0
     while total < tokens:
@@ -135,7 +136,8 @@ def sentences(dictionary, tokens, seed):
 
 
 def in_turns(dense, other, rounds, progress=None, warm_up=True):
-    """Ratios ``dense() / other()`` of seconds, every run of the one between two of the other."""
+    """Ratios of times, ``dense()`` / ``other()``. Each run of ``other`` is compared with the mean
+    of the runs of ``dense`` before and after it."""
     ratios = []
     for job in (dense, other) if warm_up else ():
         job()
@@ -159,7 +161,7 @@ def seconds(job):
 
 
 def measured(benchmark, row, args, ratios):
-    """A line of the report: speed relative to dense, FLOPs relative to dense, and their product."""
+    """A row of the report: speed relative to dense, FLOPs relative to dense, and their product."""
     flops = {r.slug: count_row(benchmark, r, args.scale)[1] for r in (benchmark.rows[0], row)}
     flop_ratio = flops[row.slug] / flops[benchmark.rows[0].slug]
     low, median, high = quartiles(ratios)
@@ -173,12 +175,12 @@ def measured(benchmark, row, args, ratios):
 
 
 def quartiles(values):
-    """The lower one, the median, the upper one."""
+    """Lower quartile, median, upper quartile."""
     return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 def report(results, args, title):
-    """Print the table of what :func:`measured` returned; keep it as ``--to`` says."""
+    """Print a table of the results of :func:`measured`; with ``--to``, also write it to files."""
     lines = [
         f"| {title} | tokens per second relative to dense | FLOPs relative to dense "
         "| efficiency (quartiles) |\n|---|---:|---:|---:|"
@@ -193,11 +195,11 @@ def report(results, args, title):
 
 
 def publish(table, args, numbers, draw_to):
-    """Print a table; with ``--to`` write it, the numbers and a picture there.
+    """Print a table; with ``--to``, also write the table, the numbers and a picture to files.
 
     Args:
-        numbers: dict for results.json, beside the machine and the settings.
-        draw_to: called with the picture's path.
+        numbers: dict for results.json, which also gets the machine and the settings.
+        draw_to: function that draws the picture, called with its path.
     """
     print(table)
     if args.to is None:
@@ -211,7 +213,7 @@ def publish(table, args, numbers, draw_to):
 
 
 def machine():
-    """Date, processor, versions."""
+    """Date, processor, number of cores, GPU and torch's version."""
     names = [platform.processor() or platform.machine()]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -227,7 +229,7 @@ def machine():
 
 
 def draw(results, title, path):
-    """Bars of efficiency with their quartiles, and a line at that of the dense model."""
+    """Bars of efficiency with quartiles, and a line at the efficiency of the dense model."""
     from fairseq_smoe.plots.style import bare, plt, save
 
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.4 * len(results)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a block is compared with in bench_block.py."""
+"""The modules that bench_block.py compares a block with."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from fairseq_smoe.moe.dispatch import plan_dispatch
 
 
 class OneHotBlock(SMoEBlock):
-    """The same block, dispatching by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
+    """The same block, but with dispatch by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
 
     def _visit(self, normed_TD, i, shared, here_T=None):
         visible, gate = self.visible[i], self.gates[i]
@@ -62,7 +62,7 @@ class DenseFFN(nn.Module):
 
 
 class FairscaleFFN(nn.Module):
-    """x + MOELayer(LN(x)); wants a number of tokens that the number of experts divides."""
+    """x + MOELayer(LN(x)). The number of tokens has to be a multiple of the number of experts."""
 
     def __init__(self, embed_dim, ffn_dim, num_experts):
         super().__init__()
@@ -80,14 +80,15 @@ class FairscaleFFN(nn.Module):
 
 
 class ExpertProducts:
-    """The products of a block's experts in one step, forward and backward, and nothing else.
+    """The matrix products of a block's experts in one step, forward and backward, and nothing else.
 
-    Its time is what a loop over the experts takes if all the rest is free: less than the time of a
-    dense FFN over as many rows only if products of few rows were as fast as large ones.
+    Its time is that of a loop over the experts if everything else took no time. It would be less
+    than that of a dense FFN over as many rows only if products of few rows were as fast as large
+    ones.
 
     Args:
-        block: with parameters to multiply with.
-        stats: of a step of it, for the number of rows of each expert in each pass.
+        block: has the parameters to multiply with.
+        stats: of a step of the block, for the number of rows of each expert in each pass.
     """
 
     def __init__(self, block, stats):
@@ -120,7 +121,7 @@ class ExpertProducts:
 
 
 def kept_choices(gate):
-    """Expert of each token-expert pair that was computed, of a :class:`GateRecord`."""
+    """The expert of each token-expert pair in a :class:`GateRecord` that was computed."""
     kept_C = torch.ones_like(gate.expert_C, dtype=torch.bool)
     for condition in (gate.kept_C, gate.here_C):
         if condition is not None:

@@ -6,17 +6,18 @@ usage() {
     cat <<'END'
 usage: bash scripts/demo.sh [DIR]
 
-Trains a stratified mixture of experts (SMoE-2-2-2-2) and a vanilla mixture of as many experts
-(MoE-8) to translate between English and German, Spanish, Indonesian and Russian, on text from
-the translation catalogues of well-known packages. Translates a test set with both, prints BLEU
-and requested capacity side by side, and draws what the experts do. Takes about six minutes on two CPU cores, with
-the installation into .venv-demo; needs Linux, Python 3.11 or 3.12 and a package index, no GPU.
+Trains a stratified mixture of experts (SMoE-2-2-2-2) and a vanilla mixture of the same number of
+experts (MoE-8) to translate between English and German, Spanish, Indonesian and Russian, on text
+from the translation catalogues of well-known packages. Translates a test set with both, prints
+BLEU and requested capacity side by side, and draws pictures of the routing. This takes about six
+minutes on two CPU cores, including the installation into .venv-demo. It needs Linux, Python 3.11
+or 3.12 and a package index, but no GPU.
 
 DIR       folder for everything the demo makes (default: demo-output)
 PYTHON    environment variable: the Python to use (default: python3)
 
-Finished steps are skipped and an interrupted training goes on from its last checkpoint: start
-the script again at any time. To start afresh, delete DIR.
+To continue after an interruption, run the script again: finished steps are skipped, and training
+resumes from its last checkpoint. To start afresh, delete DIR.
 END
 }
 
@@ -47,7 +48,7 @@ main() {
         die "PYTHON=$python: expected Python 3.11 or 3.12; set PYTHON to one, e.g. python3.11"
     mkdir -p "$out/logs"
     trap stop_running_step EXIT
-    # each model has a core of its own; fairseq's dependencies warn about much, nothing of use here
+    # each model gets one core; the many warnings of fairseq's dependencies are of no use here
     export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 
     local requirements
@@ -61,14 +62,14 @@ main() {
         "train ${MODELS[*]}: $UPDATES updates each, in parallel" training_status
     step translate "$out/translated" \
         "translate and score the test sets in ${#DIRECTIONS[@]} directions" translation_status
-    step draw "$out/pictures/complete" "count what the experts do, and draw it"
+    step draw "$out/pictures/complete" "collect routing statistics, and draw them"
     echo "== compare"
     python -m fairseq_smoe tabulate "${MODELS[@]/#/$out/}" --baseline "${MODELS[1]}" --to "$out"
     closing_words
 }
 
 # step FUNCTION MARKER TITLE [STATUS]: run FUNCTION unless an earlier run has left MARKER. Its
-# output goes to a log; meanwhile show what STATUS prints, and the seconds.
+# output goes to a log. Meanwhile show the output of STATUS and the elapsed seconds.
 step() {
     local log=$out/logs/$1.log started=$SECONDS
     echo "== $3"
@@ -76,7 +77,7 @@ step() {
         echo "   already done"
         return
     fi
-    set -m # a process group of its own, so that all of it can be stopped
+    set -m # a separate process group, so that all of its processes can be stopped
     "$1" >"$log" 2>&1 &
     running=$!
     set +m
@@ -87,7 +88,7 @@ step() {
     echo "   done in $((SECONDS - started)) s"
 }
 
-# A line that is rewritten every second on a terminal; elsewhere a new line now and then.
+# On a terminal a line that is rewritten every second, elsewhere a new line every 20 seconds.
 watch_progress() {
     local every=1 before=$'\r\e[K' after='' started=$SECONDS
     if [[ ! -t 1 ]]; then every=20 before='' after=$'\n'; fi
@@ -105,14 +106,14 @@ stop_running_step() {
 }
 
 install() {
-    "$python" -m venv "$venv" # says itself what to install where the module is missing
-    # first and alone: the newest torch may be a download of gigabytes
+    "$python" -m venv "$venv" # if the module is missing, python says what to install
+    # first, to pin the version: the newest torch may be a download of gigabytes
     "$venv/bin/pip" install torch==2.13.0
     "$venv/bin/pip" install ".[demo]"
 }
 
 collect() {
-    # the packages are read, not imported: no dependencies, and beside the environment
+    # the packages are only read, not imported: without dependencies, outside the environment
     pip install --no-deps --no-compile --upgrade --target "$out/packages" \
         -r scripts/demo-catalogues.txt
     python -m fairseq_smoe catalogues --from "$out/packages" --to "$out/text" \
@@ -193,7 +194,7 @@ closing_words() {
     cat <<END
 
 table:        $out/table.md
-pictures:     $out/pictures/$model/test/capacity-directions.png and others there
+pictures:     $out/pictures/$model/test/capacity-directions.png and others in this folder
 translations: $out/$model/evaluation/test
 checkpoints:  ${MODELS[*]/%//checkpoints} in $out
 Translate a sentence of your own (any direction of the table):

@@ -1,8 +1,8 @@
-"""Draws the rooms of the package and who imports whom, as an SVG file:
+"""Draws the subpackages ("rooms") of the package and their imports as an SVG file:
 
     python scripts/draw_rooms.py > docs/rooms.svg
 
-An arrow that follows from others is left out: who imports A, which imports B, may import B too.
+Arrows that follow from others are left out: if A imports B and B imports C, A may import C as well.
 """
 
 from html import escape
@@ -22,7 +22,7 @@ STYLE = (
 
 
 def imported_rooms():
-    """``{room: rooms that it imports}``; a module beside the folders is a room of its own."""
+    """``{room: rooms that it imports}``; a module outside all subpackages is also a room."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     rooms = {
         room.rpartition(".")[2]: {
@@ -36,12 +36,13 @@ def imported_rooms():
     return {
         room: imported - {room}
         for room, imported in rooms.items()
-        if room not in ("__main__", "smoe_block")  # finds commands by name; where the block was
+        # __main__ finds commands by name; smoe_block is only the former place of the block
+        if room not in ("__main__", "smoe_block")
     }
 
 
 def floors(rooms):
-    """Rooms in rows: each above all that it imports, as low as that allows."""
+    """Rows of rooms. Each room is above all that it imports, and as low as possible."""
     height = {}
 
     def height_of(room):
@@ -79,7 +80,7 @@ def draw(rooms):
     left = {}
     for level, row in enumerate(rows):
         start = (width - len(row) * (BOX[0] + GAP) + GAP) / 2
-        # boxes of every other floor stand aside, so that arrows pass between those above them
+        # every other floor is shifted, so that arrows pass between boxes
         start += (BOX[0] + GAP) / 4 * (-1) ** level if len(row) * (BOX[0] + GAP) < width - 80 else 0
         for place, room in enumerate(row):
             left[room] = start + place * (BOX[0] + GAP), MARGIN + level * FLOOR

@@ -1,7 +1,7 @@
 """Where the time of a block goes, part by part: forward and backward in training, or decoding.
 
-Sums the time of torch's operators over some steps on the CPU and sorts them into parts; what the
-operators do not account for is Python and the bookkeeping of autograd. Example:
+Sums the time of torch's operators over some steps on the CPU, and groups the operators into parts.
+Time outside all operators counts as Python and the bookkeeping of autograd. Example:
 
     python scripts/profile_block.py --strata 2-2-2-2 --tokens 4096
     python scripts/profile_block.py --strata 2-2-2-2 --tokens 160 --decode
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS
 
-# beginnings of operators' names; the first that fits counts
+# prefixes of operators' names; the first part that matches counts
 PARTS = {
     "experts' products": ("aten::addmm", "aten::mm", "aten::_grouped_mm", "aten::baddbmm"),
     "experts' activation, biases' gradients": (
@@ -87,7 +87,7 @@ def main():
     for event in found.key_averages():
         if event.key.startswith("aten::"):
             parts[part_of(event.key)] += event.self_cpu_time_total / 1e6
-    # the profiler itself takes time, too: what it did not see is taken from the run without it
+    # the profiler itself takes time, so time outside operators is computed from the run without it
     parts[OUTSIDE] = max(0.0, seconds - sum(parts.values()))
     whole = sum(parts.values())
     print(f"| part, {args.strata}, {args.tokens} tokens | share of {seconds / args.steps:.4f} s |")

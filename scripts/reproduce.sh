@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains rows of a benchmark one after the other, translates and scores their test sets, and puts
-# tables with significance and the figures, each with its numbers as CSV, into one folder.
+# Trains rows of a benchmark one after another, and translates and scores their test sets. Writes
+# tables with significance, and figures with their numbers as CSV, to one folder.
 #
 # usage: bash scripts/reproduce.sh BENCHMARK SCALE UPDATES DATA OUT ROW[:SEED]...
 #   bash data-prep/m4.sh data/m4-small --scale small
@@ -10,11 +10,11 @@
 #   RUNS      folder of all trainings (default: runs)
 #   SUBSETS   test sets, as fairseq's --gen-subset (default: test)
 #   ANALYSE   data sets to analyse (default: valid,train)
-#   METRICS   a table for each (default: piece-bleu bleu chrf++)
+#   METRICS   metrics, each of which gets a table (default: piece-bleu bleu chrf++)
 #   TRAIN     more options of scripts/train.sh
 #   EVALUATE  more options of scripts/evaluate.sh
 #
-# The same again goes on where it stopped. Needs pip install ".[plot]".
+# After an interruption, run the same command to continue. Needs pip install ".[plot]".
 set -euo pipefail
 if (($# < 6)); then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -1,11 +1,11 @@
-"""Runs the trainings of the study (results/study/PLAN.md) one after the other, and keeps their losses.
+"""Runs the trainings of the study (results/study/PLAN.md) one by one, and collects their losses.
 
     python scripts/study.py --data data/study-m4 --runs runs/study            all that are not done
     python scripts/study.py --data ... --runs ... --group rate                one step of the plan
     python scripts/study.py --runs runs/study --only-collect                  only write the CSV files
 
-What is done is skipped, and what was interrupted resumes, so that the same command may be stopped and
-run again. After every training the losses of its group are written to results/study/losses-GROUP.csv.
+The command can be stopped and run again: it skips finished trainings and resumes interrupted ones.
+After every training, the losses of its group are written to results/study/losses-GROUP.csv.
 """
 
 import argparse
@@ -30,9 +30,9 @@ class Training:
     Attributes:
         group: step of the plan that it belongs to.
         benchmark: file in results/study.
-        row: of the benchmark.
-        seed: of fairseq.
-        options: ``{option of fairseq-train: value}`` beside those of the benchmark.
+        row: row of the benchmark.
+        seed: fairseq's seed.
+        options: ``{option of fairseq-train: value}``, in addition to those of the benchmark.
     """
 
     group: str
@@ -53,7 +53,7 @@ class Training:
         return log.exists() and "done training in" in log.read_text(errors="replace")
 
     def start(self, runs, data):
-        """Train to the end, in a process of its own."""
+        """Train to the end, in a separate process."""
         words = [word for pair in self.options.items() for word in pair]
         return subprocess.run(
             [
@@ -64,7 +64,7 @@ class Training:
         )
 
     def records(self, runs):
-        """Losses of the training, one dict for each line that was logged."""
+        """Losses of the training, one dict per logged line."""
         log = self.folder(runs) / "train.log"
         found, tokens, last = {}, 0.0, 0
         for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
@@ -116,7 +116,7 @@ def read_trainings(path):
 
 
 def collect(trainings, runs, group):
-    """Write the losses of a group."""
+    """Write the losses of a group to its CSV file."""
     records = [r for t in trainings if t.group == group for r in t.records(runs)]
     with open(STUDY / f"losses-{group}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -128,8 +128,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="what prepare has made")
-    parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="of the trainings")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="output of prepare")
+    parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="run folders")
     parser.add_argument("--group", help="only this step of the plan")
     parser.add_argument("--only-collect", action="store_true", help="train nothing")
     args = parser.parse_args()

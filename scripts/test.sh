@@ -3,10 +3,10 @@
 #
 # usage: bash scripts/test.sh [pytest options]
 #   bash scripts/test.sh -m slow        only the long checks
-#   bash scripts/test.sh -k block -x    any selection of pytest
+#   bash scripts/test.sh -k block -x    any options of pytest
 #
-# PYTHON names the Python to use (default: python3). Safe to run again: the environment is reused
-# until setup.py changes.
+# The environment variable PYTHON names the Python to use (default: python3). The environment is
+# reused until setup.py changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +22,7 @@ if [[ ! -e $installed ]]; then
     echo "== install into .venv-test"
     "$python" -m venv "$venv"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    # first and alone: the newest torch may be a download of gigabytes
+    # first, to pin the version: the newest torch may be a download of gigabytes
     "$venv/bin/pip" install --quiet torch==2.13.0
     "$venv/bin/pip" install --quiet --editable ".[test,demo,data]"
     touch "$installed"

@@ -2,7 +2,7 @@
 # Trains a row of the paper's Table 1 (m4), 2 (m15) or 3 (opus100).
 #
 # usage: bash scripts/train.sh BENCHMARK ROW [options] [options of fairseq-train]
-#   bash scripts/train.sh m4 smoe-2-2-2-2                     the paper's size, on all GPUs here
+#   bash scripts/train.sh m4 smoe-2-2-2-2                     the paper's size, on all GPUs
 #   bash scripts/train.sh m4 "MoE+EOM" --scale small          a size for two CPU cores
 #   bash scripts/train.sh m15 dense --max-update 50000 --dry-run
 #   bash scripts/train.sh m4 --help                           all options
@@ -10,8 +10,8 @@
 #   torchrun --nproc-per-node 4 --no-python bash scripts/train.sh m4 dense     several processes
 #   sbatch --nodes 4 --gpus-per-node 8 scripts/train.slurm m15 smoe-4-12       a cluster
 #
-# Prints the fairseq-train command, and runs it in the place of this script. The same again goes on
-# from the last checkpoint. Needs the data of the benchmark: see data-prep/README.md.
+# Prints the fairseq-train command and replaces itself with it. Run again, it resumes from the last
+# checkpoint. It needs the data of the benchmark: see data-prep/README.md.
 set -euo pipefail
 if (($# == 0)); then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -6,14 +6,14 @@ from fairseq_smoe.moe.kind import Kind
 class Arrangement(Kind):
     """A way to build the FFN sublayer of a layer from blocks.
 
-    Several may be chosen. Each gets, as ``make_block``, the function that builds the sublayer of
-    the arrangements before it.
+    Several arrangements may be chosen. The first gets a function that makes plain blocks; each of
+    the others gets the function that builds the sublayer of the arrangements before it.
     """
 
     @classmethod
     def is_chosen(cls, options):
-        """Whether the options of the model choose it: by name, or by a flag of its own if it has
-        one."""
+        """Whether the options of the model choose this arrangement, by its name or by a flag of
+        its own."""
         return cls.name in (options.moe_arrangement or "").split(",")
 
     @classmethod
@@ -23,11 +23,11 @@ class Arrangement(Kind):
         Args:
             make_block: ``make_block(embed_dim, ffn_dim, **changes)`` returns a block.
             embed_dim, ffn_dim: sizes of the layer.
-            options: of the class's ``Options``.
+            options: an object of the class's ``Options``.
             ffn_options: ``dropout``, ``activation_dropout`` and ``activation_fn`` of the model.
 
         Returns:
-            A module that is called like a :class:`~fairseq_smoe.moe.block.SMoEBlock`. A module that
-            wraps a block has it as its attribute ``block``.
+            A module that is called like a :class:`~fairseq_smoe.moe.block.SMoEBlock`. If it wraps
+            a block, its attribute ``block`` is that block.
         """
         raise NotImplementedError

@@ -24,17 +24,17 @@ NORMS = ("paper", "released")
 
 @dataclass(frozen=True)
 class GateRecord:
-    """What one gate did in one forward pass; nothing here carries a gradient.
+    """What one gate did in one forward pass. No tensor here has a gradient.
 
-    Experts are counted from the first one that the gate sees.
+    Experts are numbered from the first one that the gate sees.
 
     Attributes:
-        scores_TE: of the tokens at this gate.
-        best_T: their best experts.
-        expert_C, token_C: their choices; see :class:`~fairseq_smoe.moe.gate.Choices`.
+        scores_TE: scores of the tokens at this gate.
+        best_T: best expert of each token.
+        expert_C, token_C: the choices; see :class:`~fairseq_smoe.moe.gate.Choices`.
         kept_C: False where the expert was full; None when there was no limit.
-        here_T: the tokens that stood at this gate; the numbers of others mean nothing. None when
-            all did.
+        here_T: True for the tokens that were at this gate; the values of other tokens are
+            meaningless. None when all were.
     """
 
     scores_TE: torch.Tensor
@@ -46,12 +46,12 @@ class GateRecord:
 
     @property
     def num_tokens(self):
-        """Tokens that stood at this gate; a scalar tensor where the device alone knows."""
+        """Number of tokens that were at this gate; a scalar tensor if only the device knows it."""
         return len(self.scores_TE) if self.here_T is None else self.here_T.sum()
 
     @property
     def here_C(self):
-        """The choices of tokens that stood at this gate, a mask; None for all."""
+        """Mask of the choices whose token was at this gate; None for all."""
         return None if self.here_T is None else self.here_T[self.token_C]
 
 
@@ -60,11 +60,11 @@ class BlockStats:
     """Routing of one forward pass of a block.
 
     Attributes:
-        losses: ``{name: mean over the gates}``, scalars before their weights.
-        loss_weights: weights of those that are not the criterion's to choose.
+        losses: ``{name: mean over the gates}``, scalars before weighting.
         passes: (...) int64, requested capacity of each token; 0 at padding.
         gates: one record per gate, in stratum order.
-        shared_weight: (T,) weight of the expert branch where a dense FFN runs beside it (CMR).
+        loss_weights: ``{name: weight}`` of the losses whose weight the criterion does not choose.
+        shared_weight: (T,) weight of the expert branch if a dense FFN runs beside it (CMR).
     """
 
     losses: Dict[str, torch.Tensor]
@@ -80,13 +80,13 @@ class BlockStats:
 
 
 class SMoEBlock(nn.Module):
-    """FFN sublayer whose experts stand in strata (paper, section 3).
+    """FFN sublayer whose experts are arranged in strata (paper, section 3).
 
-    A token enters at the first stratum. Each pass normalises it, adds the output of its top-k
-    experts among those of this and all later strata, and sends it behind the stratum that holds
-    its best expert; it leaves after a pass whose best expert stands in the last stratum. The block
-    owns its LayerNorms and the residual connection. With one stratum it is a vanilla MoE sublayer;
-    with ``top_k=1`` as well, a Switch sublayer.
+    A token enters at the first stratum. Each pass normalises it and adds the output of its top-k
+    experts among those of this and all later strata. The token then moves on to the stratum after
+    that of its best expert. It leaves the block when its best expert is in the last stratum. The
+    block contains its LayerNorms and the residual connection. With one stratum it is a vanilla MoE
+    sublayer; with one stratum and ``top_k=1``, a Switch sublayer.
 
     Args:
         embed_dim: D.
@@ -103,22 +103,24 @@ class SMoEBlock(nn.Module):
             last stratum, and the balance loss averages over gates that saw tokens.
         dropout: on the output of every pass.
         activation_dropout: on the hidden units of the experts.
-        eom: expert output masking: in training this fraction of expert outputs is zeroed, at
+        eom: expert output masking: in training this fraction of expert outputs is zeroed; in
             evaluation all are scaled by ``1 - eom``.
         activation_fn: activation of the experts.
-        expert_backend: how the experts multiply: "loop" expert by expert; "grouped_mm" by torch's
-            function of that name, without waiting for the device; "auto" takes that where torch
-            has a kernel for it.
-        expert_group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` of processes that share the
-            experts; each calls the block with tokens of its own, which have the capacity that they
-            would have alone. None for a process that holds all experts.
+        expert_backend: how the experts multiply: "loop" expert by expert; "grouped_mm" with torch's
+            function of that name, without waiting for the device; "auto" with "grouped_mm" if torch
+            has a kernel for it, else with "loop".
+        expert_group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` of the ranks over which
+            the experts are sharded. Each rank calls the block with its own tokens; the capacity for
+            them does not depend on the tokens of other ranks. None if this process holds all
+            experts.
         make_gate: ``make_gate(embed_dim, num_experts)`` returns a
-            :class:`~fairseq_smoe.moe.gate.Gate`; None for that of ``top_k``, ``capacity_factor``
-            and ``second_expert_policy``.
+            :class:`~fairseq_smoe.moe.gate.Gate`; None for a
+            :class:`~fairseq_smoe.moe.gates.top_k.TopKGate` with ``top_k``, ``capacity_factor`` and
+            ``second_expert_policy``.
         make_experts: ``make_experts(strata, embed_dim, ffn_dim, activation_fn=...,
             activation_dropout=..., group=...)`` returns
-            :class:`~fairseq_smoe.moe.experts.Experts`; None for feed-forward networks that
-            multiply by ``expert_backend``.
+            :class:`~fairseq_smoe.moe.experts.Experts`; None for
+            :class:`~fairseq_smoe.moe.expert_kinds.ffn.FFNExperts` with ``expert_backend``.
     """
 
     def __init__(
@@ -196,7 +198,7 @@ class SMoEBlock(nn.Module):
         """Pass the tokens through the strata.
 
         Args:
-            x: (..., D). Capacity is given out in the order of the flattened leading dimensions.
+            x: (..., D). Experts fill up in the order of the flattened leading dimensions.
             padding_mask: (...) bool, True at padding. Padding is never routed; it comes out
                 unchanged (norm="released": through the exit norm).
 
@@ -213,7 +215,7 @@ class SMoEBlock(nn.Module):
         return y_TD.view_as(x), BlockStats(losses, passes, gates, self.gates[0].loss_weights)
 
     def _run(self, tokens_TD, real_T):
-        """All passes: new tokens, passes, gate records, losses of each gate."""
+        """All passes. Returns the new tokens, and passes, gate records and losses of each gate."""
         shared = self.experts.share(tokens_TD.dtype)
         gates, losses = [], []
         behind_all = self.stratum_of_expert.new_full((len(tokens_TD),), len(self.strata))
@@ -235,13 +237,14 @@ class SMoEBlock(nn.Module):
         return tokens_TD, passes_T, gates, losses
 
     def _visit(self, normed_TD, i, shared, here_T=None):
-        """One gate and its experts (eq. 5 and 6): output before the residual, record, losses."""
+        """One gate and its experts (eq. 5 and 6). Returns the output before the residual, the
+        gate's record and its losses."""
         visible, gate = self.visible[i], self.gates[i]
         choices = gate(normed_TD, here_T)
         capacity = None
         if self.training:
             capacity = gate.capacity(len(normed_TD) if here_T is None else here_T.sum())
-        rows_C = choices.expert_C  # rows stand in the order of experts
+        rows_C = choices.expert_C  # rows are sorted by expert
         if self.experts.exchanges:
             rows_C = getattr(self, f"sending_order_{i}")[rows_C]
         plan = plan_dispatch(rows_C, choices.token_C, len(visible), capacity, here_T)
@@ -259,7 +262,7 @@ class SMoEBlock(nn.Module):
         return combine_rows(rows_ND, weights_C, plan, len(normed_TD)), record, losses
 
     def _mask_outputs(self, weights_C):
-        """Expert output masking: an expert's output for a token is dropped as a whole."""
+        """Expert output masking: masks the whole output of an expert for a token."""
         if not self.eom:
             return weights_C
         if not self.training:

@@ -18,7 +18,7 @@ class Runs:
 
     Attributes:
         rows_E: number of rows of each expert.
-        num_rows: N, of all experts together, plus unused rows behind those of the last expert if
+        num_rows: N, the rows of all experts, and unused rows after those of the last expert if
             shapes are fixed.
     """
 
@@ -50,8 +50,8 @@ class Dispatch(Runs):
         row_choice_N: index of the row's choice.
         row_token_N: token of each row.
         kept_C: False where the expert was full; None when there was no limit.
-        valid_N: None, unless shapes have to be independent of which tokens are here. N is then C,
-            and ``valid_N`` is False in the unused rows behind those of the last expert.
+        valid_N: None, unless shapes must not depend on which tokens are at the gate. N is then C,
+            and ``valid_N`` is False for the unused rows after those of the last expert.
     """
 
     row_choice_N: torch.Tensor
@@ -61,9 +61,9 @@ class Dispatch(Runs):
 
 
 def plan_dispatch(expert_C, token_C, num_experts, capacity=None, here_T=None):
-    """Sort choices by expert and drop those beyond its capacity.
+    """Sort choices by expert and drop those beyond the expert's capacity.
 
-    Each expert takes its choices in their order, and those beyond the first ``capacity`` are
+    Each expert takes its choices in the given order, and those beyond the first ``capacity`` are
     dropped. If all first choices come before all second ones, first choices are served first, as in
     GShard.
 
@@ -71,11 +71,11 @@ def plan_dispatch(expert_C, token_C, num_experts, capacity=None, here_T=None):
         expert_C, token_C: the choices.
         num_experts: E.
         capacity: rows per expert, a number or a scalar tensor; None for no limit.
-        here_T: marks the tokens to dispatch. Shapes then do not depend on how many there are, and
-            nothing here waits for the device. None for all tokens.
+        here_T: marks the tokens to dispatch. Shapes then do not depend on their number, and the
+            host does not wait for the device. None for all tokens.
     """
     if here_T is not None:
-        expert_C = torch.where(here_T[token_C], expert_C, num_experts)  # sorted behind all experts
+        expert_C = torch.where(here_T[token_C], expert_C, num_experts)  # sorted after all experts
     row_choice_N = torch.argsort(expert_C, stable=True)
     # bincount would wait for the device
     rows_E = expert_C.new_zeros(num_experts + 1).index_add(0, expert_C, torch.ones_like(expert_C))

@@ -1,4 +1,4 @@
-"""Finding gates, kinds of experts and arrangements by name, and building what is found."""
+"""Finding gates, kinds of experts and arrangements by name, and building FFN sublayers of them."""
 
 import importlib
 import pkgutil
@@ -12,7 +12,7 @@ from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.experts import Experts
 from fairseq_smoe.moe.gate import Gate
 
-# flag that names a kind -> its base class and the folder of those that the project has
+# flag -> base class of the kinds it chooses, and the package with the project's own
 DOORS = {
     "--moe-gate": (Gate, gates),
     "--moe-experts": (Experts, expert_kinds),
@@ -21,7 +21,7 @@ DOORS = {
 
 
 def named_kinds(flag):
-    """``{name: class}`` of the project's own, by name."""
+    """``{name: class}`` of the project's own kinds, sorted by name."""
     base, folder = DOORS[flag]
     modules = {m.name for m in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")}
     for name in modules:
@@ -31,7 +31,7 @@ def named_kinds(flag):
 
 
 def all_kinds():
-    """The project's own classes, and those of other modules that are imported by now."""
+    """The project's own classes, and those in any other module that has been imported."""
     for flag in DOORS:
         named_kinds(flag)
     return [kind for base, _ in DOORS.values() for kind in _subclasses(base)]
@@ -42,12 +42,13 @@ def _subclasses(base):
 
 
 def find_kind(flag, name):
-    """The class of a name, or of ``module:Class`` for one of the user's own.
+    """The class with a name, or the user's own class for ``module:Class``.
 
-    Nothing is imported here, as the name may come from a checkpoint: the module has to be there.
+    The name may come from a checkpoint, so no module is imported here. The module of a user's own
+    class has to be imported already.
 
     Raises:
-        OptionError: there is none, or its module is not imported.
+        OptionError: there is no such class, or its module has not been imported.
     """
     kinds = named_kinds(flag)
     if name in kinds:
@@ -60,8 +61,8 @@ def find_kind(flag, name):
     module = sys.modules.get(module_name)
     if module is None:
         raise OptionError(
-            f"{flag} {name}: the model needs this class, and a checkpoint imports nothing by "
-            f"itself; if you trust the module, add --moe-modules {module_name}"
+            f"{flag} {name}: the model needs this class, but loading a checkpoint imports no "
+            f"modules by itself; if you trust the module, add --moe-modules {module_name}"
         )
     kind = getattr(module, class_name, None)
     base, _ = DOORS[flag]
@@ -84,10 +85,11 @@ def chosen_arrangements(options):
 
 
 def check_kinds(options, strata):
-    """Check the options of the kinds that the project has, and of those that are chosen.
+    """Check the options of all kinds of this project, and of the user's own that are chosen.
 
     Raises:
-        OptionError: see :meth:`~fairseq_smoe.moe.kind.KindOptions.check`; or a name is wrong.
+        OptionError: an option is wrong (see :meth:`~fairseq_smoe.moe.kind.KindOptions.check`), or
+            the name of a kind is.
     """
     kinds = [kind for flag in DOORS for kind in named_kinds(flag).values()]
     kinds.append(find_kind("--moe-gate", options.moe_gate))
@@ -100,7 +102,7 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, **ffn_option
     """The FFN sublayer that the options ask for: a block, or an arrangement of blocks.
 
     Args:
-        options: all options of the model; their names are the flags'.
+        options: all options of the model, named as the flags.
         strata: experts of each stratum.
         group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup`, or None.
         ffn_options: ``dropout``, ``activation_dropout``, ``activation_fn``.

@@ -16,23 +16,23 @@ from fairseq_smoe.moe.dispatch import Runs
 
 
 def default_group_size(num_processes, strata):
-    """The default number of ranks that share the experts: the greatest number that divides the
-    number of processes and every stratum.
+    """The default number of ranks over which the experts are sharded: the greatest number that
+    divides the number of processes and every stratum.
 
-    Each rank then holds as many experts of every stratum as the others, and has as much to do in
-    every pass. A larger number that divides only the sum of the strata would save memory, but ranks
-    would wait for those that hold experts of late strata.
+    All ranks then hold the same number of experts of every stratum, which spreads the work of every
+    pass evenly. A larger number that divides only the sum of the strata would save memory, but
+    ranks would wait for those that hold experts of late strata.
     """
     return math.gcd(num_processes, *strata)
 
 
 def form_expert_group(size, timeout=None):
-    """Divide all ranks into groups of ``size`` consecutive ones, which are on one machine if
-    possible. Every rank has to call this.
+    """Divide all ranks into groups of ``size`` consecutive ranks. Consecutive ranks are on the same
+    machine if possible. Every rank has to call this.
 
     Args:
         size: divides the number of processes.
-        timeout: seconds that a rank waits for another; None for torch's own.
+        timeout: seconds that a rank waits for another; None for torch's default.
 
     Returns:
         The :class:`ExpertGroup` of this process, or None for a size of 1.
@@ -51,11 +51,11 @@ def form_expert_group(size, timeout=None):
 
 
 class ExpertGroup:
-    """A group of ranks that share the experts of every block.
+    """A group of ranks over which the experts of every block are sharded.
 
-    Rank r of R holds the experts r, r + R, r + 2R, ... If R divides every stratum, each rank holds
-    as many experts of a stratum as the others, and all have as much to do in every pass. Ranks of
-    other groups that hold the same experts are its replicas.
+    Rank r of R holds the experts r, r + R, r + 2R, ... If R divides every stratum, all ranks hold
+    the same number of experts of every stratum, which spreads the work of every pass evenly. The
+    ranks of other groups that hold the same experts are the rank's replicas.
 
     Args:
         ranks: torch's process group of the R ranks.
@@ -67,7 +67,7 @@ class ExpertGroup:
         self.rank, self.size = dist.get_rank(ranks), dist.get_world_size(ranks)
 
     def __deepcopy__(self, _):
-        return self  # a copied model uses the same connections
+        return self  # a copy of a model uses the same process groups
 
     def share(self, tensor_E):
         """The entries of this rank's experts in a tensor over all experts."""
@@ -77,7 +77,7 @@ class ExpertGroup:
         """The place of each expert in the order in which rows are sent, which is rank by rank.
 
         Args:
-            experts: ``range`` of those that a gate sees.
+            experts: ``range`` of the experts that a gate sees.
 
         Returns:
             (E,) int64 permutation.
@@ -115,16 +115,16 @@ class ExpertGroup:
 
     @torch.no_grad()
     def average_gradients(self, parameters):
-        """Average the gradients of this rank's experts, so that they belong to the mean loss of all
-        ranks.
+        """Average the gradients of this rank's experts, so that they are those of the mean loss of
+        all ranks.
 
-        The gradients already contain the tokens of this group, because the exchange brought those
-        here. Those of other groups' tokens are with the replicas.
+        The gradients already cover the tokens of all ranks of this group, because those were sent
+        to the experts. The replicas have the gradients for the tokens of other groups.
         """
         num_processes = self.size * dist.get_world_size(self.replicas)
         waiting = []
         for parameter in parameters:
-            if parameter.grad is None:  # other ranks wait for it
+            if parameter.grad is None:  # the replicas wait for this rank
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.div_(num_processes)
             if num_processes > self.size:

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 
 
 def expert_loop(rows_ND, rows_per_expert, fc1, fc2, experts, activate):
-    """Apply to each run of rows its expert.
+    """Apply each expert to its run of rows.
 
-    It works expert by expert, so that a run's hidden units are still in the cache for the second
-    layer. It is one function of autograd: one node per expert would cost more time than the
-    products of few rows.
+    The computation goes expert by expert, so that a run's hidden units are still in the cache for
+    the second layer. The whole loop is a single autograd function: one node per expert would cost
+    more time than products of few rows.
 
     Args:
         rows_ND: rows sorted by expert.
         rows_per_expert: length of each run.
         fc1, fc2: :class:`~fairseq_smoe.moe.shared_weight.SharedWeight` of the layers.
-        experts: ``range`` of those that the runs belong to.
-        activate: what comes between the layers; a plain ``F.relu`` overwrites its input.
+        experts: ``range`` of the experts that the runs belong to.
+        activate: function between the layers; ``F.relu`` itself is applied in place.
 
     Returns:
         (N, D)

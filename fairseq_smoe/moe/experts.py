@@ -1,4 +1,4 @@
-"""What every kind of experts has to do, and the way of their rows to other processes.
+"""The base class of all kinds of experts, and the exchange of rows with other processes.
 
 Letters in names: E experts of a block, D model dim, F hidden dim, N rows sorted by expert, M rows
 received from all processes.
@@ -12,20 +12,20 @@ from fairseq_smoe.moe.kind import Kind
 
 
 class Experts(Kind, nn.Module):
-    """All experts of a block, applied to rows that stand expert by expert.
+    """All experts of a block, applied to rows that are sorted by expert.
 
-    A kind of one's own makes its parameters with :meth:`add_stacked`, and defines :meth:`share` and
+    A subclass makes its parameters with :meth:`add_stacked`, and defines :meth:`share` and
     :meth:`multiply`.
 
     Args:
         strata: experts of each stratum.
         embed_dim, ffn_dim: D, F.
-        options: of the class's ``Options``; None for their defaults.
-        activation_fn: element by element.
+        options: an object of the class's ``Options``; None for the defaults.
+        activation_fn: an elementwise function.
         activation_dropout: on the hidden units.
-        group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` of processes that share the
-            experts: this one holds E / R of them, and the parameters are those. None for a process
-            that holds all.
+        group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` of the R ranks over which the
+            experts are sharded. This process then has only the parameters of its E / R experts.
+            None if it holds all experts.
     """
 
     def __init__(
@@ -48,20 +48,21 @@ class Experts(Kind, nn.Module):
         self._all_experts = None
 
     def add_stacked(self, name, tensor_E):
-        """Make a parameter that is stacked over the experts, (E, ...), and held in shares by
-        processes that share them. What experts have in common belongs into a module of its own."""
+        """Make a parameter that is stacked over the experts, (E, ...). It is sharded if the experts
+        are. Parameters that all experts have in common belong into a module of their own."""
         if self.group is not None:
-            tensor_E = self.group.share(tensor_E).clone()  # the same as with a process for all
+            # the initial values are those of a process that holds all experts
+            tensor_E = self.group.share(tensor_E).clone()
         parameter = nn.Parameter(tensor_E)
         if self.group is not None:
-            parameter.expert = True  # fairseq's mark of what ranks do not have in common
+            parameter.expert = True  # fairseq's mark of parameters that differ between ranks
         self.register_parameter(name, parameter)
         self._stacked.append(name)
 
     def stacked(self):
-        """The parameters of :meth:`add_stacked`, in their order; between :meth:`gather` and
-        :meth:`release`, those of all processes."""
-        # not parameters(): a model that is sharded has others, and these as attributes
+        """The parameters made by :meth:`add_stacked`, in that order; between :meth:`gather` and
+        :meth:`release`, those of the experts of all processes."""
+        # not parameters(): in a fully sharded model these differ, and ours are only attributes
         return self._all_experts or [getattr(self, name) for name in self._stacked]
 
     @property
@@ -71,37 +72,38 @@ class Experts(Kind, nn.Module):
 
     @torch.no_grad()
     def gather(self):
-        """Get the experts of all processes, to compute alone until :meth:`release`: for those that
-        do not go through the same steps. Every process of the group has to call this."""
+        """Gather the experts of all processes. Until :meth:`release`, this process computes alone
+        and does not have to keep step with the others. Every process of the group has to call
+        this."""
         if self.group is not None:
             self._all_experts = [self.group.all_experts(own) for own in self.stacked()]
 
     def release(self):
-        """Let go of other processes' experts."""
+        """Free the experts of other processes."""
         self._all_experts = None
 
     def share(self, dtype):
         """What all passes of a block through the strata have in common, in one forward pass.
 
         Args:
-            dtype: of the tokens, to which the parameters are cast; autocast has precedence.
+            dtype: type of the tokens, to which the parameters are cast; autocast has precedence.
 
         Returns:
-            An object that goes to :meth:`multiply`. Its ``waits`` says whether the host has to know
-            numbers of rows, for which it waits for the device.
+            An object that is passed to :meth:`multiply`. Its attribute ``waits`` says whether the
+            host needs the numbers of rows, for which it waits for the device.
         """
         raise NotImplementedError
 
     def multiply(self, rows_ND, runs, shared, experts):
-        """Apply to each run of rows its expert; see :meth:`forward`. ``experts`` counts among those
-        that this process holds."""
+        """Apply each expert to its run of rows; see :meth:`forward`. ``experts`` are indices into
+        the experts that this process holds."""
         raise NotImplementedError
 
     def forward(self, rows_ND, runs, shared, experts):
-        """Apply to each run of rows its expert, wherever that is.
+        """Apply each expert to its run of rows, whichever process holds the expert.
 
         Args:
-            rows_ND: rows sorted by expert; where they are exchanged, in the group's sending order.
+            rows_ND: rows sorted by expert; if they are exchanged, in the group's sending order.
             runs: :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows.
             shared: what :meth:`share` returned.
             experts: ``range`` of those that the runs belong to.
@@ -113,6 +115,6 @@ class Experts(Kind, nn.Module):
             return self.multiply(rows_ND, runs, shared, experts)
         exchange = self.group.exchange(runs.rows_E, experts)
         rows_MD = exchange.send(rows_ND)
-        if exchange.experts:  # of late strata, a process may have none
+        if exchange.experts:  # a process may hold no experts of late strata
             rows_MD = self.multiply(rows_MD, exchange.runs, shared, exchange.experts)
         return exchange.send_back(rows_MD)

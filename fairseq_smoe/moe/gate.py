@@ -1,7 +1,7 @@
-"""What every gate has to do.
+"""The base class of all gates.
 
-Letters in names: T tokens at the gate, D model dim, E experts the gate sees, C choices, each a token
-and one of the experts that it visits.
+Letters in names: T tokens at the gate, D model dim, E experts the gate sees, C choices, which are
+token-expert pairs.
 """
 
 import math
@@ -13,19 +13,20 @@ from torch import nn
 from fairseq_smoe.moe.kind import Kind
 from fairseq_smoe.moe.routing import balance_loss, gate_logits
 
-BALANCE_LOSS = "moe_gate_loss"  # its weight is the criterion's --moe-gate-loss-wt
+BALANCE_LOSS = "moe_gate_loss"  # weighted by the criterion's --moe-gate-loss-wt
 
 
 @dataclass(frozen=True)
 class Choices:
     """Which experts the tokens at a gate visit. A token may visit any number of them, or none.
 
-    Experts are counted from the first one that the gate sees.
+    Experts are numbered from the first one that the gate sees.
 
     Attributes:
-        scores_TE: of all experts, in at least float32 and with a gradient.
-        best_T: the expert whose stratum decides where the token goes next.
-        expert_C, token_C: the choices, int64. Where an expert is full, the later ones are dropped.
+        scores_TE: scores of all experts, in at least float32 and with a gradient.
+        best_T: the expert of each token whose stratum decides where the token goes next.
+        expert_C, token_C: the choices, int64. When an expert is full, later choices of it are
+            dropped.
     """
 
     scores_TE: torch.Tensor
@@ -42,8 +43,8 @@ class Choices:
 
     @classmethod
     def where(cls, scores_TE, visits_TE):
-        """The pairs that ``visits_TE`` marks, the best ones of all tokens first; the host waits for
-        the device to learn how many there are."""
+        """The pairs that ``visits_TE`` marks, ordered so that the best choices of all tokens come
+        first. The host waits for the device to learn how many pairs there are."""
         best_T = scores_TE.argmax(dim=1)
         token_C, expert_C = visits_TE.nonzero().unbind(1)
         order_C = (expert_C != best_T[token_C]).long().argsort(stable=True)
@@ -54,16 +55,16 @@ class Gate(Kind, nn.Module):
     """Decides which experts the tokens at one stratum visit, with which weights.
 
     A block makes one gate for every stratum and calls ``gate(tokens)``, then :meth:`weights` and
-    :meth:`losses`. A gate of one's own defines :meth:`forward`, and what else shall differ.
+    :meth:`losses`. A subclass has to define :meth:`forward`; it may override the other methods.
 
     Args:
         embed_dim: D.
         num_experts: E.
-        options: of the class's ``Options``; None for their defaults.
+        options: an object of the class's ``Options``; None for the defaults.
 
     Attributes:
-        weight: (E, D) parameter, what :meth:`logits` multiplies with.
-        loss_weights: ``{name: weight}`` of what :meth:`losses` returns beside the balance loss.
+        weight: (E, D) parameter that :meth:`logits` multiplies with.
+        loss_weights: ``{name: weight}`` of the losses other than the balance loss.
     """
 
     def __init__(self, embed_dim, num_experts, options=None):
@@ -85,17 +86,17 @@ class Gate(Kind, nn.Module):
         """The :class:`Choices` of the tokens.
 
         Args:
-            here_T: the tokens that stand at this gate, where others go along (see
-                :class:`~fairseq_smoe.moe.selection.Masked`), whose choices are not dispatched; None
-                for all.
+            here_T: True for the tokens that are at this gate. The others are only carried along
+                (see :class:`~fairseq_smoe.moe.selection.Masked`), and their choices are not
+                dispatched. None if all tokens are at this gate.
         """
         raise NotImplementedError
 
     def capacity(self, num_tokens):
-        """Rows that an expert takes in training, of so many tokens at the gate; None for no limit.
+        """Maximum number of rows of an expert in training; None for no limit.
 
         Args:
-            num_tokens: a number, or a scalar tensor where the device alone knows.
+            num_tokens: number of tokens at the gate; a scalar tensor if only the device knows it.
         """
         return None
 
@@ -109,12 +110,12 @@ class Gate(Kind, nn.Module):
         return weights_C if kept_C is None else weights_C * kept_C
 
     def losses(self, choices, here_T=None):
-        """``{name: scalar}``, before their weights; the training logs them by their names."""
+        """``{name: scalar}`` before weighting; training logs each under its name."""
         return {BALANCE_LOSS: balance_loss(choices.scores_TE, choices.best_T, here_T)}
 
     @torch.no_grad()
     def expected_choices(self):
-        """Experts that a token visits where no expert is better than another, to count FLOPs."""
+        """Number of experts that a token visits if all have the same score; to count FLOPs."""
         num_experts, embed_dim = self.weight.shape
         with torch.device("cpu"):
             twin = type(self)(embed_dim, num_experts, self.options).eval()

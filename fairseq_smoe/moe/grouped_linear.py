@@ -1,4 +1,4 @@
-"""A linear layer of all experts in one call of torch's ``grouped_mm``.
+"""A linear layer of all experts, in one call of torch's ``grouped_mm``.
 
 Letters in names: N rows sorted by expert, E experts, I and O dims of input and output.
 """
@@ -12,7 +12,7 @@ GROUPED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Grouped(torch.autograd.Function):
-    """One call for all experts; the host need not know how many rows each has."""
+    """One call for all experts. The host does not have to know how many rows each expert has."""
 
     @staticmethod
     def forward(ctx, rows_NI, weight_EIO, bias_EO, gradients, experts, runs):
@@ -29,7 +29,7 @@ class _Grouped(torch.autograd.Function):
         gradients, experts, runs = ctx.rest
         own, ends_E = slice(experts.start, experts.stop), runs.ends_E
         grad_NO = grad_NO.contiguous()
-        # sums over an expert's rows, as products with ones
+        # the gradient of a bias sums over an expert's rows; computed as a product with ones
         ones_N1 = grad_NO.new_ones(len(grad_NO), ALIGNMENT // grad_NO.element_size())
         gradients.add_all(
             experts,
@@ -41,14 +41,14 @@ class _Grouped(torch.autograd.Function):
 
 
 def grouped_linear(rows_NI, shared, experts, runs):
-    """Apply to each run of rows its expert's weight and bias, in one call.
+    """Apply each expert's weight and bias to its run of rows, in one call.
 
     Args:
         rows_NI: rows sorted by expert.
         shared: :class:`~fairseq_smoe.moe.shared_weight.SharedWeight`
         experts: ``range`` of the experts that the runs belong to.
-        runs: :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows. Unused rows are undefined in the
-            result and in the gradient of ``rows_NI``.
+        runs: :class:`~fairseq_smoe.moe.dispatch.Runs` of the rows. The values of unused rows are
+            undefined in the result and in the gradient of ``rows_NI``.
 
     Returns:
         (N, O)
@@ -64,7 +64,7 @@ def grouped_mm_takes(weight_EIO):
 
 
 def grouped_mm_is_fast(weight_EIO):
-    """Whether it can with these weights, and by a kernel of its own."""
+    """Whether ``grouped_mm`` can multiply with these weights, and torch has a kernel for it."""
     return (
         weight_EIO.is_cuda
         and has_kernel(weight_EIO.dtype, torch.cuda.get_device_capability(weight_EIO.device))
@@ -73,10 +73,10 @@ def grouped_mm_is_fast(weight_EIO):
 
 
 def has_kernel(dtype, capability):
-    """Whether torch multiplies groups by one kernel on a GPU; elsewhere it loops over them, and waits
-    for the device to do so (aten's GroupedBlas, torch 2.11 to 2.13).
+    """Whether torch has a kernel for ``grouped_mm`` on a GPU. Otherwise it loops over the groups,
+    for which the host waits for the device (aten's GroupedBlas, torch 2.11 to 2.13).
 
     Args:
-        capability: ``(major, minor)``, as of ``torch.cuda.get_device_capability``.
+        capability: ``(major, minor)``, as returned by ``torch.cuda.get_device_capability``.
     """
     return dtype == torch.bfloat16 and capability[0] in KERNEL_CAPABILITIES

@@ -1,13 +1,13 @@
-"""What gates, kinds of experts and arrangements have in common: a name, and options of their own."""
+"""What gates, kinds of experts and arrangements have in common: a name and their own options."""
 
 from dataclasses import dataclass, field, fields
 
 
 def option(default, text):
-    """A field of a dataclass of options; its name with hyphens is the flag.
+    """A field of a dataclass of options. The flag is the field's name with hyphens.
 
     Args:
-        default: a str, int, float or bool, which gives the type where the annotation does.
+        default: a str, int, float or bool, of the annotated type.
         text: for ``--help``.
     """
     return field(default=default, metadata={"help": text})
@@ -15,10 +15,10 @@ def option(default, text):
 
 @dataclass
 class KindOptions:
-    """Options of a kind: a dataclass beside its code, whose fields are made by :func:`option`."""
+    """Options of a kind: a dataclass whose fields are made with :func:`option`."""
 
     def check(self, strata, options):
-        """Refuse what cannot work, before a model is built.
+        """Refuse wrong options before a model is built.
 
         Args:
             strata: sizes of the strata.
@@ -30,16 +30,16 @@ class KindOptions:
 
     @classmethod
     def of(cls, options):
-        """Those among all options of the model; the default where one is missing there, as in a
-        checkpoint from before it."""
+        """The options of this class, taken from all options of the model. A checkpoint of an earlier
+        version may lack some, which take their defaults."""
         return cls(**{f.name: getattr(options, f.name, f.default) for f in fields(cls)})
 
 
 class Kind:
-    """A gate, a kind of experts or an arrangement, as it is chosen on the command line.
+    """A gate, a kind of experts or an arrangement that can be chosen on the command line.
 
     Attributes:
-        name: how a kind of this project is chosen. One of the user's own is ``module:Class``.
+        name: chooses a class of this project; a user's own class is chosen by ``module:Class``.
         Options: dataclass of its options.
     """
 

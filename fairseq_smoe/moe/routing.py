@@ -12,8 +12,8 @@ import torch.nn.functional as F
 def gate_logits(tokens_TD, weight_ED):
     """Logits of a gate (paper, eq. 5), in at least float32.
 
-    Half precision has too few digits to separate close experts and overflows in the softmax, so the
-    gate computes in float32, under autocast too.
+    Half precision has too few digits to distinguish experts with similar logits, and overflows in
+    the softmax. The gate therefore computes in float32, under autocast too.
     """
     dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
     with torch.autocast(tokens_TD.device.type, enabled=False):
@@ -44,13 +44,13 @@ def choose_experts(logits_TE, top_k, sample_second=False):
 
 
 def expert_capacity(num_tokens, num_experts, factor):
-    """Rows that an expert takes in training: ``factor`` times the even share.
+    """Maximum number of rows of an expert in training: ``factor`` times the even share.
 
     The even share is rounded up before the factor applies (paper, section 4.3, with factor 2; the
     rounding is that of the authors' runs).
 
     Args:
-        num_tokens: a number, or a scalar tensor; the capacity is then a scalar tensor, too.
+        num_tokens: a number or a scalar tensor; the result is of the same kind.
     """
     even_share = -(-num_tokens // num_experts)
     if isinstance(even_share, torch.Tensor):
@@ -61,8 +61,9 @@ def expert_capacity(num_tokens, num_experts, factor):
 def combine_weights(scores_TE, experts_KT, kept_KT=None):
     """Weight of every choice in a token's output (paper, eq. 6).
 
-    One choice is weighted by its probability. Two choices are renormalised to sum to 1 over those
-    that found room, as GShard and the authors' code do (the paper prints the bare probabilities).
+    A single choice is weighted by its probability. The weights of two choices are renormalised to
+    sum to 1 over those that were not dropped, as in GShard and the authors' code (the paper gives
+    the bare probabilities).
 
     Args:
         scores_TE: gate probabilities.
@@ -82,7 +83,7 @@ def combine_weights(scores_TE, experts_KT, kept_KT=None):
 
 
 def mean_over(values_T, here_T=None):
-    """Mean over the tokens at a gate, 0 of none.
+    """Mean over the tokens at a gate; 0 if there are none.
 
     Args:
         here_T: the tokens to count; None for all.
@@ -95,8 +96,8 @@ def mean_over(values_T, here_T=None):
 def balance_loss(scores_TE, first_T, here_T=None):
     """Load balance of one gate: E * sum over e of f_e * p_e (paper, section 3.2).
 
-    f_e is the fraction of tokens whose first choice is e, p_e the mean probability of e. 1 when
-    the load is even, E when one expert takes all; 0 when the gate saw no token.
+    f_e is the fraction of tokens whose first choice is e, p_e the mean probability of e. The loss
+    is 1 when the load is even, E when one expert takes all tokens, and 0 when there are no tokens.
 
     Args:
         here_T: the tokens to count; None for all.

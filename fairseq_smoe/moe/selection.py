@@ -1,6 +1,7 @@
 """Selecting the tokens that are at a gate.
 
-Letters in names: T all tokens, H the tokens here, at this gate (with :class:`Masked`, all).
+Letters in names: T all tokens, H the tokens that are passed to the gate: those at the gate or, with
+:class:`Masked`, all tokens.
 """
 
 import torch
@@ -10,7 +11,7 @@ def select(tokens_TD, here_T, may_wait):
     """The tokens that ``here_T`` (T,) marks, or all where it is None.
 
     Args:
-        may_wait: whether the host may wait for the device to learn how many there are.
+        may_wait: whether the host may wait for the device to learn how many tokens are marked.
     """
     if may_wait:
         return All() if here_T is None else Indexed(here_T)
@@ -20,7 +21,7 @@ def select(tokens_TD, here_T, may_wait):
 
 
 class All:
-    """Every token is here."""
+    """All tokens are at the gate."""
 
     mask_H = None
 
@@ -29,12 +30,12 @@ class All:
         return all_T
 
     def put(self, all_T, new_H):
-        """``all_T`` with new values for those that are here."""
+        """``all_T`` with new values for the tokens at the gate."""
         return new_H.to(all_T.dtype)
 
 
 class Indexed:
-    """The tokens at some indices. The host has to know how many they are."""
+    """The tokens at some indices. The host waits for the device to learn how many there are."""
 
     mask_H = None
 
@@ -49,8 +50,8 @@ class Indexed:
 
 
 class Masked:
-    """All tokens are carried along, with a mask of those that are here, so that the host need not
-    wait for the device to learn how many there are."""
+    """All tokens are carried along, with a mask of those at the gate. The host then does not have
+    to wait for the device to learn how many there are."""
 
     def __init__(self, here_T):
         self.mask_H = here_T

@@ -22,8 +22,8 @@ class SharedWeight:
 
 
 class _Gradients:
-    """The gradient buffers that the passes add to. Refers to the parameters, not to tensors of the
-    autograd graph, which refer to this object: such a cycle would never be freed."""
+    """The gradient buffers that the passes add to. This object refers to the parameters only.
+    Tensors of the autograd graph refer to it, and a cycle with them would never be freed."""
 
     def __init__(self, weight_EIO, bias_EO):
         self._like = weight_EIO, bias_EO
@@ -36,7 +36,7 @@ class _Gradients:
         if e in self._begun:
             weight_IO.addmm_(input_MI.t(), grad_MO)
             bias_O.add_(grad_MO.sum(0))
-        else:  # saves filling the buffer with zeros, and reading them
+        else:  # avoids filling the buffer with zeros first, and reading them
             self._begun.add(e)
             torch.mm(input_MI.t(), grad_MO, out=weight_IO)
             torch.sum(grad_MO, 0, out=bias_O)

@@ -1,1 +1,1 @@
-"""What this project changes in fairseq's training loop: repairs, checkpoints, shards, signals."""
+"""What this project changes in fairseq's training loop: fixes, checkpoints, sharding, signals."""

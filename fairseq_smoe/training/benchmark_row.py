@@ -1,4 +1,4 @@
-"""Training a row of one of the paper's tables with fairseq-train."""
+"""Training a row of the paper's tables with fairseq-train."""
 
 import json
 import os
@@ -27,7 +27,7 @@ class RowTraining:
 
     Attributes:
         command: words of the fairseq-train command.
-        summary: one line on the size of its batches.
+        summary: one line about the size of its batches.
         folder: the run folder.
         facts: content for the run's ``run.json``.
         data: folder of the binarised text.
@@ -40,8 +40,8 @@ class RowTraining:
     data: Path
 
     def start(self, dry_run=False):
-        """Replace this process by fairseq-train. The plugin has to be registered with fairseq
-        before.
+        """Replace this process with fairseq-train. The plugin has to be registered with fairseq
+        already.
 
         Args:
             dry_run: only print and check the command.
@@ -60,7 +60,7 @@ class RowTraining:
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / RUN_FILE, json.dumps(self.facts, indent=1) + "\n")
-        # exec, not a child process: signals then reach fairseq
+        # exec instead of a child process, so that signals reach fairseq
         program = Path(sys.executable).parent / self.command[0]
         program = program if program.exists() else shutil.which(self.command[0])
         sys.stdout.flush()
@@ -109,7 +109,7 @@ def plan_training(args):
 
 
 def _checked(more):
-    """``more``, the options for fairseq-train, if none of them changes the size of the batch."""
+    """Return ``more``, the options for fairseq-train, if none of them changes the batch size."""
     for word in more:
         option = word.partition("=")[0]
         if option in ("--update-freq", "--batch-size", "--max-sentences"):
@@ -121,7 +121,7 @@ def _check_options(command):
     """Find options that fairseq would refuse, before anything is written.
 
     Raises:
-        OptionError: says what.
+        OptionError: has fairseq's message.
     """
     from fairseq import options as fairseq_options
 
@@ -137,8 +137,8 @@ def _check_options(command):
 
 
 def _precision(on_gpu, fp32, more):
-    """Options for the device. On a GPU half precision, unless ``more`` chooses a precision: fairseq
-    would mix the two up."""
+    """Options for the device. On a GPU this is half precision, unless ``more`` chooses a precision:
+    fairseq would mix up the two."""
     if not on_gpu:
         return ["--cpu"]
     others = ("--bf16", "--amp", "--memory-efficient-bf16", "--memory-efficient-fp16")
@@ -146,7 +146,7 @@ def _precision(on_gpu, fp32, more):
 
 
 def _value(words, option, default):
-    """The value of an option among the words of a command line; the last one if repeated."""
+    """The value of an option in the words of a command line; the last one if it is repeated."""
     value = default
     for word, following in zip(words, [*words[1:], None]):
         name, equals, attached = word.partition("=")
@@ -156,7 +156,7 @@ def _value(words, option, default):
 
 
 def _number(words, option, default):
-    """As :func:`_value`, for an option whose value has to be a number from 1."""
+    """As :func:`_value`, for an option whose value has to be a positive integer."""
     value = str(_value(words, option, default))
     if not (value.isascii() and value.isdigit() and int(value) > 0):
         raise OptionError(f"{option} {value}: expected a number from 1")
@@ -164,7 +164,7 @@ def _number(words, option, default):
 
 
 def _longest(benchmark, more):
-    """Tokens of the longest sentence that the training takes."""
+    """Number of tokens of the longest sentence that the training accepts."""
     return max(
         _number(more, option, benchmark.training[option][0])
         for option in ("--max-source-positions", "--max-target-positions")
@@ -172,7 +172,7 @@ def _longest(benchmark, more):
 
 
 def _devices(cpu, more):
-    """``(on a GPU?, processes that train together)``, as fairseq will decide it."""
+    """``(whether on GPUs, number of processes)``, as fairseq will determine them."""
     gpus = 0
     if not cpu:
         import torch
@@ -196,14 +196,14 @@ def _check_same_run(folder, facts):
             )
     if earlier and earlier.get("data", facts["data"]) != facts["data"]:
         print(
-            f"warning: {folder}: was trained with --data {earlier['data']}, and goes on with "
+            f"warning: {folder}: was trained with --data {earlier['data']}, and continues with "
             f"{facts['data']}",
             file=sys.stderr,
         )
 
 
 def _check_data(data, facts):
-    """Check that the folder has data; warn if its vocabulary is not of the scale's size."""
+    """Check that the folder has data; warn if its vocabulary does not have the scale's size."""
     benchmark, scale = benchmarks.load(facts["benchmark"]), facts["scale"]
     scaled = "" if scale == "paper" else f" --scale {scale}"
     remedy = f"bash data-prep/{benchmark.name}.sh {data}{scaled}"
@@ -222,7 +222,7 @@ def _check_data(data, facts):
     expected = vocab_size(benchmark, scale)
     if abs(pieces - expected) > expected // 10:
         print(
-            f"warning: {dictionary} has {pieces} pieces, scale {scale} of {benchmark.title} "
-            f"{expected}: the model will have another size than at that scale",
+            f"warning: {dictionary} has {pieces} pieces, but scale {scale} of {benchmark.title} "
+            f"has {expected}: the size of the model will not be that of the scale",
             file=sys.stderr,
         )

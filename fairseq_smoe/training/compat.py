@@ -1,7 +1,7 @@
 """What the installed fairseq (ve-fairseq 0.12.3) and torch 2.11-2.13 need to work together.
 
-Each function repairs one thing, and its docstring says what is wrong without it. :func:`apply` runs
-them all. It is called once, when the plugin is loaded.
+Each function fixes one thing, and its docstring says what goes wrong without it. :func:`apply` runs
+all of them. It is called once, when the plugin is loaded.
 """
 
 import importlib.util
@@ -40,8 +40,8 @@ class Overlay:
 
 
 def find_torchrun_processes_on_cpu():
-    """fairseq derives the number of processes from the number of GPUs. Under torchrun on a CPU,
-    every process would train alone; with the number given, fairseq would divide by zero GPUs."""
+    """fairseq derives the number of processes from the number of GPUs. Under torchrun without GPUs,
+    every process would train alone; if the number is given, fairseq would divide by zero GPUs."""
     from fairseq.distributed import utils as distributed_utils
 
     stock_init = distributed_utils.infer_init_method
@@ -68,8 +68,8 @@ def find_torchrun_processes_on_cpu():
 
 
 def refuse_to_train_nothing():
-    """fairseq starts as many processes as there are GPUs. Without a GPU it would start none and end
-    at once without an error."""
+    """fairseq starts as many processes as there are GPUs. Without a GPU it would start none, and
+    end at once without an error."""
     from fairseq.distributed import utils as distributed_utils
 
     stock = distributed_utils.call_main
@@ -80,8 +80,8 @@ def refuse_to_train_nothing():
         alone = training.distributed_no_spawn or _under_torchrun()
         if training.distributed_world_size > 1 and not (alone or torch.cuda.is_available()):
             raise OptionError(
-                f"--distributed-world-size {training.distributed_world_size}: fairseq starts a "
-                "process for every GPU, and there is none; start them by torchrun "
+                f"--distributed-world-size {training.distributed_world_size}: fairseq starts one "
+                "process per GPU, and there is no GPU; start the processes with torchrun "
                 f"--nproc_per_node {training.distributed_world_size} --no-python fairseq-train ..."
             )
         return stock(cfg, main, **kwargs)
@@ -111,7 +111,8 @@ def _under_torchrun():
 
 
 def let_ddp_run_on_cpu():
-    """--ddp-backend pytorch_ddp passes a GPU to torch's DDP, which refuses that for CPU modules."""
+    """With --ddp-backend pytorch_ddp, fairseq passes a GPU's number to torch's DDP, which refuses
+    it for modules on the CPU."""
     from fairseq.models import distributed_fairseq_model
 
     stock = distributed_fairseq_model.DistributedDataParallel
@@ -126,9 +127,9 @@ def let_ddp_run_on_cpu():
 
 
 def keep_the_last_batch():
-    """The installed fairseq leaves out the last batch if its size is not a multiple of
+    """The installed fairseq drops the last batch if its size is not a multiple of
     --required-batch-size-multiple (default 8). Some sentences of a test set would not be translated
-    or scored, without a warning."""
+    and scored, without a warning."""
     from fairseq.data import data_utils
 
     stock = data_utils.batch_by_size
@@ -145,8 +146,8 @@ def keep_the_last_batch():
 
 
 def write_log_files_once():
-    """With --log-file, fairseq adds another handler for the file at every epoch and validation, so
-    that later lines are written several times."""
+    """With --log-file, fairseq adds another handler for the file in every epoch and validation, so
+    later lines are written several times."""
     from fairseq.logging import progress_bar
 
     stock = progress_bar.progress_bar
@@ -165,7 +166,7 @@ def write_log_files_once():
 
 def explain_chosen_parts_in_help():
     """fairseq parses the command line twice, and adds the options of model, task and criterion in
-    between. Its --help ends the first parsing and so never shows them."""
+    between. Its --help ends the first parse, and so never shows them."""
     from fairseq import options
 
     stock = options.parse_args_and_arch
@@ -178,7 +179,7 @@ def explain_chosen_parts_in_help():
             stock_parse = parser.parse_known_args
 
             def parse_without_help(arguments, namespace=None):
-                parser.parse_known_args = stock_parse  # the next parsing may show it
+                parser.parse_known_args = stock_parse  # the next parse may show it
                 return stock_parse([a for a in arguments if a not in help_flags], namespace)
 
             parser.parse_known_args = parse_without_help
@@ -188,7 +189,7 @@ def explain_chosen_parts_in_help():
 
 
 def print_user_errors_in_one_line():
-    """Print user errors without a traceback, also when fairseq has wrapped the error in one of its
+    """Print user errors without a traceback, even if fairseq has wrapped the error in one of its
     own."""
     stock_hook = sys.excepthook
 
@@ -200,10 +201,10 @@ def print_user_errors_in_one_line():
         if ours:
             print(f"error: {ours[0]}", file=sys.stderr)
         elif dist.is_initialized() and any(map(is_lost_connection, causes)):
-            # torch captures sys.stderr, and prints it only when this returns
+            # torch captures sys.stderr, and prints it only when this function returns
             print(f"error: {roll_call()} ({error})", file=sys.__stderr__, flush=True)
             logging.shutdown()
-            os._exit(1)  # torch's own end may wait for those that are lost
+            os._exit(1)  # torch's cleanup at exit may wait for the lost ranks
         else:
             stock_hook(kind, error, traceback)
 

@@ -1,8 +1,9 @@
-"""--ddp-backend fully_sharded: fairscale's FSDP for all parameters but shared experts.
+"""--ddp-backend fully_sharded: fairscale's FSDP for all parameters except sharded experts.
 
-Each rank holds a shard of the parameters that all ranks use (ZeRO, arXiv 1910.02054). Experts that
-ranks share stay where they are. Checkpoints are the same as without sharding: the optimizer's state
-is stored for the model's own parameters, not for the flat ones that fairscale makes of them.
+Each rank holds a shard of the parameters that would otherwise be on every rank (ZeRO, arXiv
+1910.02054). Experts that expert parallelism has already distributed over ranks are left alone.
+Checkpoints are the same as without this backend: the optimizer's state is stored for the model's
+own parameters, not for the flat parameters that fairscale makes of them.
 """
 
 from functools import cached_property
@@ -20,7 +21,7 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module")
 
 
 def check_options(cfg):
-    """Check what sharding requires, and refuse options that it does not work with.
+    """Check the requirements of sharding, and refuse options that it does not work with.
 
     Args:
         cfg: fairseq's options for distributed training.
@@ -43,13 +44,13 @@ def check_options(cfg):
 
 
 def original_name(name):
-    """Name of a parameter in the model that is not sharded."""
+    """Name that a parameter has in the model without sharding."""
     return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
 
 
 class FullyShardedModel(FullyShardedDataParallel):
-    """A model, or a layer of one, whose parameters are sharded over the ranks. Experts that ranks
-    share are not sharded: each rank has its own."""
+    """A model, or a layer of one, whose parameters are sharded over the ranks. Experts that expert
+    parallelism has distributed are not sharded here: each rank has its own."""
 
     def __init__(self, module, **kwargs):
         for parameter in module.parameters():
@@ -58,13 +59,13 @@ class FullyShardedModel(FullyShardedDataParallel):
         super().__init__(module, **kwargs)
 
     def state_dict(self, *args, **kwargs):
-        """The wrapped model's, on every rank; fairseq's version returns it on the first rank
-        only."""
+        """The state of the wrapped model, on every rank. fairseq's version returns it on the first
+        rank only."""
         return FSDP.state_dict(self, *args, **kwargs)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None):
-        """As the wrapped model's. Every rank has read the file; fairseq's version would broadcast
-        it."""
+        """Load the wrapped model's state. Every rank has read the file; fairseq's version would
+        broadcast it."""
         with self.summon_full_params():
             return self.unwrapped_module.load_state_dict(state_dict, strict, model_cfg)
 
@@ -75,7 +76,7 @@ class FullyShardedModel(FullyShardedDataParallel):
             return [original_name(name) for name, _ in self.unwrapped_module.named_parameters()]
 
     def gather_full_optim_state_dict(self, optim, **_):
-        """The optimizer's state, for the parameters of the wrapped model.
+        """The optimizer's state, by parameters of the wrapped model.
 
         Every rank has to call this. Only the first rank gets the state of sharded parameters.
 
@@ -96,11 +97,11 @@ class FullyShardedModel(FullyShardedDataParallel):
         return _with_entries(state, entries.values())
 
     def get_shard_from_optim_state_dict(self, state):
-        """This rank's share of an optimizer's state.
+        """This rank's shard of an optimizer's state.
 
         Args:
-            state: as :meth:`gather_full_optim_state_dict`, or the optimizer of a model that is not
-                sharded, has returned it.
+            state: result of :meth:`gather_full_optim_state_dict`, or state of the optimizer of a
+                model that is not sharded.
         """
         flat_parameters = self._flat_parameters()
         kept = {name: state["state"].get(i, {}) for i, name in enumerate(self.original_names)}
@@ -127,7 +128,7 @@ class FullyShardedModel(FullyShardedDataParallel):
 
 def _unsharded(value, flat, wrapper):
     """Split the optimizer's state of a flat parameter into that of the parameters it was made from.
-    Of a sharded parameter only the first rank gets it."""
+    If the parameter is sharded, only the first rank gets the result."""
     _, shapes, numels = flat.metadata()
     if not (isinstance(value, torch.Tensor) and value.shape == flat.shape):
         return [value] * len(shapes)
@@ -149,7 +150,7 @@ def _sharded(values, wrapper):
 
 
 def _with_entries(state, entries):
-    """The state of an optimizer that has one group of parameters, with that of other ones."""
+    """``state``, of an optimizer with one group of parameters, with other entries per parameter."""
     (group,) = state["param_groups"]
     state = {**state, "state": dict(enumerate(entries))}
     return {**state, "param_groups": [{**group, "params": list(state["state"])}]}

@@ -1,7 +1,7 @@
 """Replacements of functions that fairseq's training calls.
 
-Each function replaces one of them, and its docstring says why. :func:`apply` runs them all. It is
-called once, when the plugin is loaded.
+Each function here replaces one or more of them, and its docstring says why. :func:`apply` runs all
+of them. It is called once, when the plugin is loaded.
 """
 
 import errno
@@ -52,8 +52,8 @@ def change_the_training_loop():
 
 
 def read_checkpoints_safely():
-    """fairseq leaves it to torch's default, and to the environment, whether a checkpoint may
-    execute code. It also cannot read a checkpoint in parts."""
+    """In fairseq, torch's default and the environment decide whether a checkpoint may execute code.
+    fairseq also cannot read a checkpoint in parts."""
     from fairseq import checkpoint_utils
 
     def load(handle, map_location=None):
@@ -63,15 +63,15 @@ def read_checkpoints_safely():
 
 
 def write_checkpoints_whole():
-    """fairseq tries three times to write to a full disk. It also makes checkpoint_last.pt by
-    copying into the file, so that a crash leaves it incomplete."""
+    """fairseq tries three times to write to a full disk. It also copies into the existing
+    checkpoint_last.pt, so a crash leaves that file incomplete."""
     from fairseq import checkpoint_utils
 
     stock_save, manager = checkpoint_utils.torch_persistent_save, checkpoint_utils.PathManager
 
     @wraps(stock_save)
     def save(state, filename, async_write=False):
-        if async_write or manager.path_requires_pathmanager(filename):  # not on a disk
+        if async_write or manager.path_requires_pathmanager(filename):  # not a local file
             stock_save(state, filename, async_write)
         else:
             files.write(state, filename)
@@ -86,12 +86,12 @@ def write_checkpoints_whole():
 
 
 def _copy_whole(source, target):
-    """Make a hard link, which takes no space, or else a copy that is never incomplete."""
+    """Make a hard link, which takes no space. If that fails, copy the file atomically."""
     unfinished = f"{target}.unfinished-{os.getpid()}"
     try:
         try:
             os.link(source, unfinished)
-        except OSError:  # not every file system has links
+        except OSError:  # not every file system supports links
             shutil.copyfile(source, unfinished)
         os.replace(unfinished, target)
     finally:
@@ -101,8 +101,8 @@ def _copy_whole(source, target):
 
 
 def go_on_when_a_checkpoint_fails():
-    """Keep training when a checkpoint cannot be written: the previous one is still there, and the
-    next may fit. It is an error only at the end of the training."""
+    """Continue training when a checkpoint cannot be written: the previous one is still there, and
+    the next may fit. It is an error only at the end of the training."""
     from fairseq import checkpoint_utils
 
     from fairseq_smoe.training.trainer import SMoETrainer
@@ -167,7 +167,8 @@ def fall_back_to_a_whole_checkpoint():
 
 
 def wait_no_longer_than_asked():
-    """Apply --distributed-timeout, and let ranks know each other's machine, to name a lost one."""
+    """Apply --distributed-timeout. Ranks also tell each other the names of their machines, so that
+    error messages can name the machine of a lost rank."""
     from fairseq.distributed import utils as distributed_utils
 
     stock = distributed_utils.distributed_init

@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-PATIENCE = 10  # seconds for the other ranks to notice a failure, too
+PATIENCE = 10  # seconds that other ranks have to notice the failure as well
 
-# words in the errors of torch's backends when a rank does not answer; few have a type of their own
+# words in errors of torch's backends when a rank does not respond; few have an exception type
 _SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -33,7 +33,7 @@ def sign_in():
 
 
 def is_lost_connection(error):
-    """Whether an exception means that another rank does not answer."""
+    """Whether an exception means that another rank does not respond."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -42,11 +42,11 @@ def is_lost_connection(error):
 def roll_call(patience=PATIENCE):
     """Find out after a failure which ranks are lost.
 
-    Every rank that notices the failure calls this; those that do not are the lost ones. The ranks
-    meet in torch's store, on the machine of rank 0.
+    Every rank that notices the failure calls this. Ranks that do not call it are lost. The ranks
+    communicate through torch's store, on the machine of rank 0.
 
     Args:
-        patience: seconds to wait for the other ranks; twice as long for the store itself.
+        patience: seconds to wait for the other ranks; for the store itself, twice as long.
 
     Returns:
         A sentence that names the lost ranks.
@@ -62,13 +62,13 @@ def roll_call(patience=PATIENCE):
     if lost is None:
         return f"{me}: the machine of rank 0, where the processes meet, cannot be reached"
     if not lost:
-        return f"{me}: a connection between processes failed, though all of them answer"
+        return f"{me}: a connection between processes failed, although all of them respond"
     verb = "has" if len(lost) == 1 else "have"
     return f"{me}: {', '.join(lost)} {verb} died or cannot be reached"
 
 
 def _find_lost(patience):
-    """Names of the ranks that do not answer; None if the store cannot be reached."""
+    """Names of the ranks that do not respond; None if the store cannot be reached."""
     deadline = time.monotonic() + patience
     try:
         store = _store()

@@ -15,7 +15,7 @@ class StopSignal:
     them, because training may need a few more batches until all ranks have agreed to stop.
 
     Attributes:
-        number: number of the signal received; 0 if none.
+        number: number of the signal that was received; 0 if none.
     """
 
     def __init__(self):
@@ -24,8 +24,8 @@ class StopSignal:
         util.register_after_fork(self, StopSignal._obey_none_but_the_parent)
 
     def listen(self):
-        """Start to record signals. Does nothing outside the main thread, which alone gets
-        signals."""
+        """Start to record signals. Does nothing outside the main thread, because only the main
+        thread gets signals."""
         if self._listening or threading.current_thread() is not threading.main_thread():
             return
         self._listening = True

@@ -1,4 +1,4 @@
-"""fairseq's trainer, for experts that are spread over processes, and for trainings that survive."""
+"""fairseq's trainer, with sharded experts, checkpoints in parts, and stop signals."""
 
 import logging
 import os
@@ -29,30 +29,31 @@ from fairseq_smoe.translation.layers import expert_layers, find_expert_group
 logger = logging.getLogger(__name__)
 
 HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
-SHARDS = "num_shards"  # of the training data, as many as processes, beside the position in them
+SHARDS = "num_shards"  # number of processes, stored in checkpoints with the position in the data
 
 
 class StopTraining(Exception):
-    """Raised in the middle of a validation, to end it."""
+    """Raised during a validation, to end it."""
 
 
 class SMoETrainer(Trainer):
-    """Knows of experts that the ranks of an :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` share:
-    their gradients, their norm, and their part of checkpoints. Ends at SIGTERM and SIGUSR1."""
+    """Handles experts that are sharded over an
+    :class:`~fairseq_smoe.moe.expert_group.ExpertGroup`: their gradients, the gradient norm, and
+    their parts of checkpoints. Stops on SIGTERM and SIGUSR1."""
 
     def __init__(self, cfg, task, model, criterion, quantizer=None):
         self.expert_group = find_expert_group(model)
         warn_without_gate_losses(cfg, criterion, model)
         check_options(cfg, self.expert_group)
-        # one entry in the optimizer's state for every parameter, whatever the precision: experts
-        # are told from others, and a checkpoint is the same on a CPU, where flattening fails
+        # the optimizer's state then has one entry per parameter in any precision. Experts can be
+        # distinguished, and checkpoints are the same on a CPU, where flattening fails
         cfg.common.fp16_no_flatten_grads = True
-        # every rank reads what it needs; fairseq would have the first one send all of it, pickled
+        # every rank reads what it needs; in fairseq, the first rank would send all of it, pickled
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         super().__init__(cfg, task, model, criterion, quantizer)
         self.stop_signal = StopSignal()
-        self.stops = 0  # processes that have been asked to stop, as all of them know
-        self.stored_experts = None  # what the checkpoint that is being written says of its parts
+        self.stops = 0  # number of processes that were asked to stop, summed over all processes
+        self.stored_experts = None  # reference to the parts of the checkpoint being written
         self.unsaved = None  # why the last checkpoint could not be written
 
     # ----------------------------------------------------------------------------------
@@ -60,10 +61,10 @@ class SMoETrainer(Trainer):
 
     @property
     def model(self):
-        """The model, wrapped for data parallel training of all but the experts."""
+        """The model, wrapped for data-parallel training of all parameters but sharded experts."""
         if self._wrapped_model is None and self.expert_group and self.use_distributed_wrapper:
             experts = [n for n, _ in self._model.named_parameters() if is_expert_parameter(n)]
-            # torch's wrapper; the others go by the mark that experts have
+            # for torch's wrapper; fairseq's wrappers recognise experts by their mark
             torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 self._model, experts
             )
@@ -80,10 +81,10 @@ class SMoETrainer(Trainer):
         return [p for n, p in self._model.named_parameters() if is_expert_parameter(n)]
 
     def clip_grad_norm(self, clip_norm):
-        """Clip by the norm of the whole model, of which each rank has a share."""
+        """Clip by the norm of the whole model's gradients, of which each rank has only a part."""
         if self.expert_group is None:
             return super().clip_grad_norm(clip_norm)
-        # half precision keeps gradients, and the mark of experts, in copies
+        # in half precision, float32 copies of the parameters have the gradients and experts' marks
         stepped = getattr(self.optimizer, "fp32_params", None) or self.optimizer.params
 
         def with_experts(norm):
@@ -98,15 +99,15 @@ class SMoETrainer(Trainer):
     def _build_optimizer(self):
         super()._build_optimizer()
         self.optimizer.optimizer.register_load_state_dict_pre_hook(self._take_share)
-        # fairseq has two for half precision, one of them for shards, and compares their names when
-        # it loads; what they keep is the same
+        # fairseq has two optimizers for half precision, one of them for shards. It compares their
+        # names when it loads a checkpoint, although their states are the same
         for last in (self._optim_history or [])[-1:]:
             if last["optimizer_name"] in HALF_PRECISION:
                 last["optimizer_name"] = type(self.optimizer).__name__
 
     def _take_share(self, _, state_dict):
-        """Of what an optimizer has kept of all experts, leave that of this rank's; and let go of
-        the file that it was read from."""
+        """Reduce the loaded optimizer state of all experts to that of this rank's experts. Clone
+        the rest, so that the checkpoint file is no longer needed."""
         names = self._trained_names()
         group = self.expert_group
         for number, entries in state_dict["state"].items():
@@ -125,21 +126,21 @@ class SMoETrainer(Trainer):
         return size * len(self._experts()[0])
 
     def store_experts(self, folder):
-        """Write this rank's part of a checkpoint; its file will be written by the first rank.
+        """Write this rank's part of a checkpoint. The first rank writes the main file later.
 
         Every process has to call this.
 
         Args:
-            folder: of checkpoints.
+            folder: folder of the checkpoints.
 
         Raises:
-            CheckpointError: some rank could not write its part; none of them is left.
+            CheckpointError: a rank could not write its part. All parts have been removed.
         """
         if self.expert_group is None:
             return
-        self.consolidate_optimizer()  # as before every state_dict of fairseq's trainer
+        self.consolidate_optimizer()  # fairseq's trainer does this before every state_dict, too
         name = self.from_first_rank(new_folder_name, self.get_num_updates())
-        state = self._full_state_dict()  # of shards, by all
+        state = self._full_state_dict()  # with fully_sharded, every rank has to take part
         group, error = self.expert_group, None
         if dist.get_rank(group.replicas) == 0:
             try:
@@ -158,7 +159,7 @@ class SMoETrainer(Trainer):
 
     def _full_state_dict(self):
         state = super().state_dict()
-        state.pop("fsdp_metadata", None)  # of shards, of which none is written
+        state.pop("fsdp_metadata", None)  # describes shards, and checkpoints have none
         names = self.model.original_names if self.is_fsdp else self._trained_names()
         return state | {NAMES: names}
 
@@ -171,26 +172,26 @@ class SMoETrainer(Trainer):
 
     def save_checkpoint(self, filename, extra_state):
         if self.expert_group is not None and self.stored_experts is None:
-            # fairseq wants to keep the state of a rank that failed, without the others
-            logger.error(f"{filename}: not written, as a rank has no more than its own experts")
+            # fairseq tries to save the state of a single rank that has failed
+            logger.error(f"{filename}: not written, because a rank has only its own experts")
             return None
         if "train_iterator" in extra_state:
             extra_state["train_iterator"][SHARDS] = self.data_parallel_world_size
         return super().save_checkpoint(filename, extra_state)
 
     def load_checkpoint(self, filename, *args, **kwargs):
-        """As fairseq's, after a training in any number of processes."""
+        """As fairseq's, but for a checkpoint of any number of processes."""
         self._agree_on(filename)
         extra_state = super().load_checkpoint(filename, *args, **kwargs)
         if extra_state is not None:
-            # fairseq counts batches of one process, of which others have had as many
+            # fairseq stores the number of batches of one process; all processes have had as many
             iterator, shards = extra_state["train_iterator"], self.data_parallel_world_size
             batches = iterator["iterations_in_epoch"] * iterator.get(SHARDS, shards)
             iterator["iterations_in_epoch"] = batches // shards
         return extra_state
 
     def from_first_rank(self, find, *args):
-        """What a function finds on the first rank, for all ranks."""
+        """Call a function on the first rank, and return its result on all ranks."""
         found = [None]
         if self.data_parallel_rank == 0:
             try:
@@ -204,7 +205,7 @@ class SMoETrainer(Trainer):
         return found[0]
 
     def _agree_on(self, filename):
-        """Raise an error where some ranks see a checkpoint that others do not."""
+        """Raise an error if some ranks see a checkpoint that others do not see."""
         if self.data_parallel_world_size == 1:
             return
         exists = torch.zeros(self.data_parallel_world_size, device=self.device)
@@ -226,13 +227,14 @@ class SMoETrainer(Trainer):
         super().begin_epoch(epoch)
 
     def must_stop(self):
-        """Whether a process has been asked to stop, as all know since their last step."""
+        """Whether a process has been asked to stop. All ranks give the same answer, because they
+        have exchanged it in their last step."""
         if self.data_parallel_world_size == 1:
             return self.stop_signal.number > 0
         return self.stops > 0
 
     def _aggregate_logging_outputs(self, logging_outputs, *sums, ignore=False):
-        # goes along with what fairseq adds up over all processes in any case
+        # sent along with the numbers that fairseq sums over all processes anyway
         asked = float(self.stop_signal.number > 0)
         logging_outputs, (*sums, stops) = super()._aggregate_logging_outputs(
             logging_outputs, *sums, asked, ignore=ignore
@@ -247,17 +249,17 @@ class SMoETrainer(Trainer):
 
 
 def warn_without_gate_losses(cfg, criterion, model):
-    """Nothing else shows that the gates of a model are trained without their losses."""
+    """Warn if the gates of a model are trained without their losses; nothing else shows it."""
     if expert_layers(model) and not isinstance(criterion, MoELabelSmoothedCrossEntropy):
         name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
         logger.warning(
             f"--criterion {name}: trains the gates without their balance loss, so that a few experts "
-            "may get all tokens; --criterion moe_label_smoothed_cross_entropy adds it"
+            "may get all tokens; --criterion moe_label_smoothed_cross_entropy adds the loss"
         )
 
 
 def check_options(cfg, group):
-    """What does not go together with experts that ranks share, or with shards.
+    """Refuse options that do not work with sharded experts or with fully_sharded.
 
     Raises:
         OptionError: names the options.
@@ -270,12 +272,12 @@ def check_options(cfg, group):
         if asked is not None and asked > 1:
             raise OptionError(
                 f"--moe-expert-parallel-size {asked}: this training has 1 process, or no experts; "
-                f"start more, torchrun --nproc_per_node {asked}, or leave the option out"
+                f"start more with torchrun --nproc_per_node {asked}, or leave the option out"
             )
         return
     shared = f"--moe-expert-parallel-size {group.size}"
     if cfg.common.amp:
-        raise OptionError(f"--amp with {shared}: ranks may skip different updates; use --bf16")
+        raise OptionError(f"--amp with {shared}: ranks could skip different updates; use --bf16")
     if getattr(cfg.optimizer, "_name", None) == "adafactor":
         raise OptionError(f"--optimizer adafactor with {shared}: not possible; use adam, or size 1")
     if cfg.ema.store_ema:
@@ -288,7 +290,7 @@ def check_options(cfg, group):
 
 
 def stop_and_save(cfg, trainer, epoch_itr):
-    """Save, and end all processes with the exit code that the signal would have given.
+    """Save a checkpoint, and end all processes with the exit code that the signal would give.
 
     Raises:
         SystemExit: always.
@@ -296,5 +298,5 @@ def stop_and_save(cfg, trainer, epoch_itr):
     logger.info(f"asked to stop: saving, and ending after update {trainer.get_num_updates()}")
     checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
     if dist.is_initialized():
-        dist.barrier()  # until the first rank has saved
+        dist.barrier()  # wait until the first rank has saved
     sys.exit(128 + (trainer.stop_signal.number or signal.SIGTERM))

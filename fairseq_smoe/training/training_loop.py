@@ -19,7 +19,8 @@ def change_train(module):
 
 
 def _checking_files(stock):
-    """fairseq opens the training files when the model is built and validation sets are loaded."""
+    """fairseq notices missing training files only after it has built the model and loaded the
+    validation sets."""
 
     @wraps(stock)
     def main(cfg):
@@ -34,7 +35,7 @@ def _checking_files(stock):
 
 
 def _stopping(stock):
-    """fairseq ends its loop where it likes."""
+    """fairseq has no way to stop its loop on a signal."""
 
     @wraps(stock)
     def validate_and_save(cfg, trainer, task, epoch_itr, *args):

@@ -1,1 +1,1 @@
-"""What is registered with fairseq: model, task, criterion and their data."""
+"""What is registered with fairseq: model, task and criterion, with their options and data."""

@@ -1,4 +1,4 @@
-"""Mean requested capacity per expert layer, of all tokens that a model processes."""
+"""Mean requested capacity per expert layer, over all tokens that a model processes."""
 
 from fairseq_smoe.translation.layers import expert_layers
 
@@ -6,7 +6,7 @@ from fairseq_smoe.translation.layers import expert_layers
 class CapacityMeter:
     """Counts passes in forward hooks on the expert layers of some models.
 
-    At generation the encoder's tokens are the source tokens; the decoder's are the tokens of every
+    In generation, the encoder's tokens are the source tokens, and the decoder's are those of every
     beam and step.
 
     Attributes:
@@ -19,7 +19,7 @@ class CapacityMeter:
         self.sentences = 0
         for model in models:
             for name, layer in expert_layers(model):
-                sums = self.layers.setdefault(name, [0, 0])  # the models of an ensemble share it
+                sums = self.layers.setdefault(name, [0, 0])  # shared by the models of an ensemble
                 layer.register_forward_hook(self._hook(sums))
 
     def _hook(self, sums):

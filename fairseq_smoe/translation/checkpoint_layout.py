@@ -9,10 +9,11 @@ def check_layout(model, state_dict, group=None):
     """Compare the expert blocks of a checkpoint with those of ``model``.
 
     Args:
-        group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that shares the model's experts.
+        group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` over which the model's experts
+            are sharded, or None.
 
     Raises:
-        OptionError: the strata, the places of the expert layers, or the parameters differ.
+        OptionError: the strata, the positions of the expert layers, or the parameters differ.
     """
     own_state = model.state_dict()
     expected, found = gate_sizes(own_state), gate_sizes(state_dict)

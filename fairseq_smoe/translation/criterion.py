@@ -18,7 +18,7 @@ from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.routing_metrics import GATE_METRICS, routing_metrics
 
 COMBINE_METHODS = ("average", "sum")
-GATE_LOSS = "gate_loss:"  # and the name of a loss: its sum among what a batch logs
+GATE_LOSS = "gate_loss:"  # prefix of a loss's name in what a batch logs
 
 
 @dataclass
@@ -28,14 +28,14 @@ class MoELabelSmoothedCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
     )
     moe_gate_loss_combine_method: str = field(
         default="average",
-        metadata={"help": "'average' or 'sum' the balance losses of the expert layers"},
+        metadata={"help": "'average' or 'sum': how the losses of the expert layers are combined"},
     )
     cmr_gate_loss_wt: float = field(
         default=0.01, metadata={"help": "with --moe-cmr: weight of the budget loss"}
     )
     cmr_gate_loss_p: float = field(
         default=0.8,
-        metadata={"help": "with --moe-cmr: mean gate value (budget) the budget loss aims for"},
+        metadata={"help": "with --moe-cmr: budget, the mean gate value that the loss aims for"},
     )
 
 
@@ -45,11 +45,12 @@ class MoELabelSmoothedCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
 class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     """Translation loss + alpha * balance loss (paper, section 3.2) + weight * |mean gate - p| (CMR).
 
-    What other losses a gate names are added with the weights that it gives, and logged by name.
+    Other losses that a gate returns are added with the gate's weights, and logged by name.
 
-    The balance loss is a mean per gate, the translation loss a sum over tokens: it is multiplied
-    by the sample size, so that after fairseq's division by it the weight alpha remains.
-    A model without expert layers trains as with ``label_smoothed_cross_entropy``.
+    The balance loss is a mean over tokens, the translation loss a sum. The balance loss is
+    therefore multiplied by the sample size, so that its weight is still alpha after fairseq has
+    divided the total by the sample size. A model without expert layers trains as with
+    ``label_smoothed_cross_entropy``.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         """Loss of one batch.
 
         Returns:
-            ``(loss, sample_size, logging_output)`` as every fairseq criterion; the loss is a
-            scalar, summed over tokens (over sentences with --sentence-avg).
+            ``(loss, sample_size, logging_output)`` as every fairseq criterion. The loss is a
+            scalar, summed over tokens (with --sentence-avg, over sentences).
 
         Raises:
             NonFiniteGateError: a gate produced NaN or infinity.
@@ -116,7 +117,8 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     def _gate_losses(self, stats):
-        """``{name: (weight, (L,) the loss of every expert layer that has it)}``"""
+        """``{name: (weight, loss_L)}``, with the losses of the L expert layers that have this
+        loss."""
         weights, losses = {}, {}
         for of_layer in stats.values():
             weights |= of_layer.loss_weights
@@ -126,7 +128,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         return {name: (weights[name], torch.stack(of_layers)) for name, of_layers in losses.items()}
 
     def compute_loss(self, model, net_output, sample, reduce=True):
-        """As the parent's; in validation also leaves each direction's sums in ``sample``."""
+        """As the parent's; in validation also stores the sums of each direction in ``sample``."""
         if "direction" in sample and not model.training:
             lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
             sample["direction_nll"], sample["direction_ntokens"] = nll_per_direction(
@@ -166,12 +168,12 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
 
 def take_routing_stats(model):
-    """``{layer name: BlockStats}`` of the forward pass just made; the layers forget them, which
-    frees their graph."""
+    """``{layer name: BlockStats}`` of the last forward pass. They are removed from the layers, so
+    that their graph can be freed."""
     stats = {}
     for name, layer in expert_layers(model):
         if layer.routing_stats is not None:
-            name = name.replace("module.", "")  # of what wraps the model among several processes
+            name = name.replace("module.", "")  # from the data-parallel wrapper
             stats[name], layer.routing_stats = layer.routing_stats, None
     return stats
 
@@ -185,7 +187,7 @@ def nll_per_direction(lprobs, target, direction_B, num_directions, padding_idx):
         direction_B: direction of each sentence.
 
     Returns:
-        two (num_directions,) float tensors; nats and counts.
+        Two (num_directions,) float tensors: sums in nats, and counts.
     """
     is_token = target.ne(padding_idx)
     nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1) * is_token
@@ -198,10 +200,10 @@ def nll_per_direction(lprobs, target, direction_B, num_directions, padding_idx):
 
 
 def check_finite(balance, stats):
-    """Stop at the first NaN or infinity instead of routing by garbage.
+    """Stop at the first NaN or infinity instead of training with meaningless routing.
 
     Raises:
-        NonFiniteGateError: naming the layer and the stratum.
+        NonFiniteGateError: names the layer and the stratum.
     """
     if torch.isfinite(balance).all():
         return
@@ -210,6 +212,6 @@ def check_finite(balance, stats):
             if not torch.isfinite(record.scores_TE).all():
                 raise NonFiniteGateError(
                     f"{name}: the gate of stratum {i + 1} gave NaN or infinity; training stopped. "
-                    "Resume from the last checkpoint with a lower --lr, a longer "
-                    "--warmup-updates, or a --clip-norm"
+                    "Resume from the last checkpoint with a lower --lr, more --warmup-updates, or "
+                    "--clip-norm"
                 )

@@ -1,9 +1,9 @@
-"""The data of many directions: finding the files, opening each once, and their sizes.
+"""The data of many directions: finds the files, opens each once, and determines their sizes.
 
-A pair's files are ``SPLIT.A-B.A.{bin,idx}`` and ``SPLIT.A-B.B.{bin,idx}``. They serve both
-directions and are in the data folder. Training files may be in its subfolders ``shard000``,
-``shard001``, ... instead. Pairs may have different numbers of shards. Epoch e reads shard (e - 1)
-modulo the number of shards of each direction.
+A pair's files are ``SPLIT.A-B.A.{bin,idx}`` and ``SPLIT.A-B.B.{bin,idx}`` in the data folder. They
+are used for both directions. Training files may be in its subfolders ``shard000``, ``shard001``,
+... instead. Pairs may have different numbers of shards. In epoch e, a direction with S shards reads
+shard (e - 1) modulo S.
 """
 
 import itertools
@@ -55,22 +55,22 @@ class DirectionDataset(ConcatDataset):
 
 
 class DirectionDataManager(MultilingualDatasetManager):
-    """fairseq's data manager, for folders of a hundred pairs.
+    """fairseq's data manager, adapted to folders with a hundred pairs.
 
-    * It opens a file once for both directions of a pair, and reads equal dictionaries once.
-    * It finds the shards in the data folder, and samples by the size of all shards from the first
-      epoch on.
+    * It opens a file once for both directions of a pair, and reads identical dictionaries once.
+    * It finds the shards in the data folder. From the first epoch on, sampling uses the size of all
+      shards of a direction.
     * It draws the sentences of a direction equally often.
     * It leaves directions without validation or test files out of those splits.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._open_files = WeakValueDictionary()  # closed with the last dataset that uses them
+        self._open_files = WeakValueDictionary()  # closed with the last dataset that uses one
 
     @classmethod
     def load_all_dictionaries(cls, args, language_list, load_dictionary, training):
-        """``{language: Dictionary}``; languages whose files are equal share one object.
+        """``{language: Dictionary}``; languages with identical files share one object.
 
         Raises:
             OptionError: a dictionary is missing.
@@ -95,21 +95,22 @@ class DirectionDataManager(MultilingualDatasetManager):
         dataset = self._open_files.get(path)
         if dataset is None:
             dataset = super().load_data(path, vdict, impl)
-            if not dataset.supports_prefetch:  # its prefetching serves a single user only
+            if not dataset.supports_prefetch:  # with prefetching, it cannot be shared
                 self._open_files[path] = dataset
         return dataset
 
     def load_a_dataset(self, *args, **kwargs):
         """The dataset of one direction, whose sentences are drawn equally often."""
         dataset = super().load_a_dataset(*args, **kwargs)
-        # asked by fairseq, which itself draws all with replacement where it wants one sentence more
-        # than there are, and so leaves out a third of a direction that it means to read once
+        # fairseq calls this to draw sentences. Its own version draws all of them with replacement
+        # if it wants one sentence more than there are, and thus misses a third of a direction that
+        # it means to read once
         dataset.random_choice_in_dataset = partial(draw_evenly, len(dataset))
         return dataset
 
     def get_data_paths_and_lang_pairs(self, split):
-        """The folders of a split and its directions: for training those of --lang-pairs, else
-        those of them that have files.
+        """The folders of a split and its directions: in training, all of --lang-pairs; else those
+        of --lang-pairs that have files.
 
         Raises:
             OptionError: a training direction, or every direction of another split, has no files.
@@ -127,11 +128,11 @@ class DirectionDataManager(MultilingualDatasetManager):
         return {**data_paths, "main": os.pathsep.join(folders)}, {**lang_pairs, "main": found}
 
     def get_split_data_param_list(self, split, epoch, shard_epoch=None):
-        """The parameters of each direction's dataset, with the epoch's shard of it."""
+        """The parameters of each direction's dataset, with the shard that this epoch reads."""
         params = super().get_split_data_param_list(split, epoch, shard_epoch)
         shards = self._shards_by_key(split)
         for param in params:
-            # fairseq counts a direction's folders, then takes that many from the front of all
+            # fairseq counts the n folders of a direction, but then uses the first n of all folders
             if folders := shards.get(param["key"]):
                 shard = self.get_shard_id(len(folders), epoch, shard_epoch)
                 param["data_path"] = folders[shard]
@@ -142,7 +143,7 @@ class DirectionDataManager(MultilingualDatasetManager):
 
     def get_train_dataset_sizes(self, data_param_list, datasets, epoch, shard_epoch=None):
         """Number of sentences of each direction in all its shards, from the files' headers. fairseq
-        would assume that shards not loaded yet are as large as the largest so far."""
+        would assume that shards that are not loaded yet are as large as the largest one so far."""
         split = data_param_list[0]["split"]
         for key, folders in self._shards_by_key(split).items():
             if len(folders) > 1:
@@ -152,7 +153,8 @@ class DirectionDataManager(MultilingualDatasetManager):
         return super().get_train_dataset_sizes(data_param_list, datasets, epoch, shard_epoch)
 
     def _shards_by_key(self, split):
-        """``{"main:en-de": [folders with files of this direction]}``, without --extra-data."""
+        """``{"main:en-de": [folders with files of this direction]}``, without those of
+        --extra-data."""
         data_paths, lang_pairs = self.get_data_paths_and_lang_pairs(split)
         folders = utils.split_paths(data_paths["main"])
         pairs = {folder: find_pairs(folder, split) for folder in folders}
@@ -164,8 +166,8 @@ class DirectionDataManager(MultilingualDatasetManager):
         }
 
     def _count_sentences(self, folder, split, direction):
-        """Number of sentences of a direction in a folder. fairseq joins the split's files train,
-        train1, train2, ..."""
+        """Number of sentences of a direction in a folder, in all files that fairseq concatenates
+        for a split: train, train1, train2, ..."""
         source = direction.split("-")[0]
         counts = []
         for k in itertools.count():
@@ -190,10 +192,10 @@ class DirectionDataManager(MultilingualDatasetManager):
 
 
 def check_training_files(args):
-    """Find out whether every direction of ``args.lang_pairs`` has files to train on.
+    """Check that every direction of ``args.lang_pairs`` has training files.
 
     Raises:
-        OptionError: names the first that has none.
+        OptionError: names the first direction that has none.
     """
     split, directions = args.train_subset, args.lang_pairs
     if isinstance(directions, str):
@@ -220,14 +222,14 @@ def _explain_missing(args, direction, split, for_training, present):
 
 
 def draw_evenly(size, rng, number):
-    """``number`` indices below ``size``; how often they occur differs by one at most."""
+    """``number`` indices below ``size``; their numbers of occurrences differ by at most one."""
     passes, rest = divmod(number, size)
     return np.concatenate([np.tile(np.arange(size), passes), rng.choice(size, rest, replace=False)])
 
 
 def find_shards(data):
-    """Folders of the training files: the folders that ``data`` lists, joined by colons, if several;
-    else its subfolders ``shard000``, ``shard001``, ...; else ``data`` itself."""
+    """Folders of the training files. If ``data`` lists several folders, joined by colons, these;
+    else its subfolders ``shard000``, ``shard001``, ... if any; else ``data`` itself."""
     folders = utils.split_paths(data)
     if len(folders) > 1:
         return folders
@@ -259,7 +261,7 @@ def all_directions(data, split):
 
 
 def pair_of(direction, pairs):
-    """Which of ``pairs`` holds a direction: itself or its reverse, or None."""
+    """The one of ``pairs`` that has a direction: the direction itself or its reverse; or None."""
     return next((pair for pair in (direction, reverse_of(direction)) if pair in pairs), None)
 
 

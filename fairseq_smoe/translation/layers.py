@@ -14,7 +14,7 @@ from fairseq_smoe.moe.doors import build_sublayer
 
 
 def build_expert_block(cfg, side):
-    """The expert block that the options ask for, at the sizes of ``side``."""
+    """The expert block that the options ask for, with the sizes of ``side``."""
     return build_sublayer(
         getattr(cfg, side).embed_dim,
         getattr(cfg, side).ffn_embed_dim,
@@ -28,8 +28,8 @@ def build_expert_block(cfg, side):
 
 
 class _NoFFN(nn.Module):
-    """Stands in for the parent's FFN sublayer and adds nothing, so that the parent's forward pass
-    ends after attention."""
+    """Replaces the parent's FFN sublayer and returns 0, so that the parent's forward pass returns
+    the output of attention."""
 
     def forward(self, x):
         return x.new_zeros(())
@@ -39,7 +39,7 @@ class ExpertLayerMixin:
     """Replaces the FFN sublayer of a fairseq transformer layer by an expert block.
 
     ``routing_stats`` has the :class:`~fairseq_smoe.moe.block.BlockStats` of the last forward pass.
-    It is an attribute because fairseq's decoder drops whatever a layer returns beyond three values.
+    It is an attribute because fairseq's decoder ignores what a layer returns beyond three values.
     Code that reads it resets it to None.
     """
 
@@ -58,17 +58,17 @@ class ExpertLayerMixin:
 
     @property
     def routed_block(self):
-        """The :class:`~fairseq_smoe.moe.block.SMoEBlock` inside the arrangements around it."""
+        """The :class:`~fairseq_smoe.moe.block.SMoEBlock` inside any arrangements."""
         block = self.expert_block
         while hasattr(block, "block"):
             block = block.block
         return block
 
     def maybe_checkpointed(self, function):
-        """``function``; with --checkpoint-activations, one that is recomputed in backward.
+        """``function``, or with --checkpoint-activations a version that is recomputed in backward.
 
-        fairseq's own wrapper runs the forward pass without gradients, and would lose the gradient
-        of the balance loss, which the layer does not return. torch's wrapper keeps it.
+        fairseq's own wrapper runs the forward pass without gradients. It would lose the gradient of
+        the balance loss, which the layer does not return. torch's wrapper keeps it.
         """
         if self.checkpoint_activations and self.training:
             return partial(checkpoint, function, use_reentrant=False)
@@ -76,7 +76,7 @@ class ExpertLayerMixin:
 
     def apply_experts(self, x, padding_mask):
         """(S, B, D) -> (S, B, D) and statistics. Tokens enter the block sentence by sentence, so
-        that experts' capacity is filled in that order."""
+        experts fill up in this order."""
         y, stats = self.expert_block(x.transpose(0, 1), padding_mask)
         return y.transpose(0, 1), stats
 
@@ -126,7 +126,7 @@ def expert_layers(model):
 
 
 def find_expert_group(model):
-    """The :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` that shares a model's experts; None
-    if this process holds all of them."""
+    """The :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` over which a model's experts are
+    sharded; None if this process holds all of them."""
     groups = [layer.expert_group for _, layer in expert_layers(model)]
     return groups[0] if groups else None

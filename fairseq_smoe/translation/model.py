@@ -59,8 +59,8 @@ class SMoETransformer(TransformerModelBase):
 
     @classmethod
     def add_args(cls, parser):
-        # fairseq turns a bool that defaults to True into a flag that switches it off; old command
-        # lines give these flags to switch it on
+        # for a bool that defaults to True, fairseq makes a flag that switches it off; but in old
+        # command lines these flags switch the options on
         switched_on = SMoETransformerOptions(
             encoder_normalize_before=False,
             decoder_normalize_before=False,

@@ -31,7 +31,7 @@ def _flag(name):
 
 @dataclass
 class LayerOptions(FairseqDataclass):
-    """Options that choose the expert layers, whatever their gates and experts are."""
+    """Options of the expert layers that do not depend on the kind of gates and experts."""
 
     smoe_strata: Optional[str] = option(
         None,
@@ -51,19 +51,20 @@ class LayerOptions(FairseqDataclass):
     )
     moe_gate: str = option(
         "top-k",
-        f"who decides which experts a token visits: {', '.join(named_kinds('--moe-gate'))}, or "
-        "module:Class for a gate of your own (docs/extend.md)",
+        "gates, which decide which experts a token visits: "
+        f"{', '.join(named_kinds('--moe-gate'))}, or module:Class for a gate of your own "
+        "(docs/extend.md)",
     )
     moe_experts: str = option(
         "ffn",
-        f"what the experts are: {', '.join(named_kinds('--moe-experts'))}, or module:Class for a "
+        f"kind of the experts: {', '.join(named_kinds('--moe-experts'))}, or module:Class for a "
         "kind of your own",
     )
     moe_arrangement: Optional[str] = option(
         None,
-        "what stands around the blocks, joined by commas: "
-        f"{', '.join(named_kinds('--moe-arrangement'))} (which have flags of their own, too), or "
-        "module:Class (default: nothing)",
+        "how an FFN sublayer is built from blocks: "
+        f"{', '.join(named_kinds('--moe-arrangement'))} (which also have flags of their own), or "
+        "module:Class; several are joined by commas (default: a single block)",
     )
     smoe_norm: str = option(
         "paper",
@@ -71,15 +72,15 @@ class LayerOptions(FairseqDataclass):
     )
     moe_expert_parallel_size: Optional[int] = option(
         None,
-        "processes that share the experts, each holding a part of them; it divides the number of "
-        "processes and that of experts. 1: every process holds all (default: the greatest that "
-        "divides the processes and every stratum)",
+        "number of processes over which the experts are sharded; it has to divide the number of "
+        "processes and of experts. 1: every process holds all experts (default: the greatest that "
+        "divides the number of processes and every stratum)",
     )
     moe_gating_use_fp32: bool = option(
-        True, "kept for old command lines: gates compute in float32 in any case"
+        True, "accepted for old command lines; gates always compute in float32"
     )
     post_norm: bool = option(
-        False, "LayerNorm behind the residual instead of before the sublayer; dense models only"
+        False, "LayerNorm after the residual instead of before the sublayer; dense models only"
     )
 
 
@@ -87,7 +88,7 @@ def _kind_fields():
     """``{name: field for make_dataclass}`` of all gates, kinds of experts and arrangements.
 
     Raises:
-        OptionError: one of the user's own has an option that is taken.
+        OptionError: a class of the user's has an option whose name is taken.
     """
     taken = {f.name: "this model" for f in fields(LayerOptions)}
     taken |= {name: "fairseq's transformer" for name, *_ in _flat_transformer_fields()}
@@ -163,7 +164,7 @@ def is_expert_layer(options, side, index):
 
 
 def expert_parallel_size(options, strata, num_processes):
-    """Processes that share the experts.
+    """Number of processes over which the experts are sharded.
 
     Raises:
         OptionError: --moe-expert-parallel-size does not divide the processes.

@@ -1,7 +1,7 @@
 """Importing the modules with a user's own gates, experts and arrangements.
 
-Only modules named on a command line are imported. A checkpoint names classes too, in the options of
-its model, but a file from elsewhere must not decide which code runs here.
+Only modules named on the command line are imported. A checkpoint names classes too, in the options
+of its model, but a downloaded file must not decide which code runs.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from fairseq_smoe.moe.doors import DOORS
 
 MODULES_HELP = (
     "modules with gates, experts or arrangements of your own that a checkpoint needs, joined by "
-    "commas; the current folder is searched, too. Their code is executed: name only modules that "
-    "you trust"
+    "commas; the current folder is searched, too. Their code is executed, so name only modules "
+    "that you trust"
 )
 
 
 def import_named_modules(words):
-    """Import the modules that ``--moe-modules`` and, as ``module:Class``, the flags of
-    :data:`~fairseq_smoe.moe.doors.DOORS` name.
+    """Import the modules that are named by ``--moe-modules`` or, in ``module:Class``, by the flags
+    of :data:`~fairseq_smoe.moe.doors.DOORS`.
 
     Args:
-        words: of a command line; words of other options are ignored.
+        words: words of a command line; other options are ignored.
 
     Raises:
         OptionError: a module cannot be imported.
@@ -49,8 +49,8 @@ def _import(flag, name):
         importlib.import_module(name)
     except ImportError as error:
         raise OptionError(
-            f"{flag} {name}: cannot be imported ({error}); give a module in this folder, or one "
-            "that is installed or on PYTHONPATH"
+            f"{flag} {name}: cannot be imported ({error}); give a module in the current folder, "
+            "or one that is installed or on PYTHONPATH"
         ) from error
     finally:
         sys.path.remove(os.getcwd())

@@ -1,6 +1,6 @@
 """Routing statistics that training logs: numbers per batch, averaged by fairseq's loggers.
 
-Every number is an average over *all* gates of all expert layers that saw tokens.
+Every number is an average over *all* gates, of all expert layers, that saw tokens.
 """
 
 import math
@@ -12,8 +12,8 @@ GATE_METRICS = (
     "overflow_expert1",  # percent of first choices that found their expert full
     "overflow_expert2",  # percent of all other choices that did
     "entropy_gating",  # nats; log(E) when a gate does not distinguish its E experts
-    "expert1_balance_top",  # percent of first choices on the busiest fifth of the experts
-    "expert1_balance_bottom",  # percent on the idlest fifth
+    "expert1_balance_top",  # percent of first choices on the most loaded fifth of the experts
+    "expert1_balance_bottom",  # percent of first choices on the least loaded fifth
     "unused_expert1_count",  # experts that were no token's first choice
 )
 
@@ -25,8 +25,8 @@ def gate_metrics(record):
         record: :class:`~fairseq_smoe.moe.block.GateRecord`
 
     Returns:
-        (6,) float32, without gradient and without waiting for the device; zeros if the gate saw no
-        token.
+        (6,) float32 without gradient; zeros if the gate saw no token. The host does not wait for
+        the device.
     """
     scores_TE, first_T = record.scores_TE.float(), record.best_T
     num_tokens, num_experts = scores_TE.shape
@@ -67,9 +67,9 @@ def routing_metrics(stats_by_layer):
         stats_by_layer: ``{layer name: BlockStats}``; names start with ``encoder.`` or ``decoder.``
 
     Returns:
-        dict of tensors and numbers: ``routing_gates`` (how many gates saw tokens), one sum over
-        those gates per name in :data:`GATE_METRICS`, and for both sides ``<side>_passes`` (sum of
-        requested capacity) and ``<side>_routed`` (number of tokens times layers).
+        dict of tensors and numbers: ``routing_gates`` (number of gates that saw tokens), for each
+        name in :data:`GATE_METRICS` the sum over those gates, and for both sides ``<side>_passes``
+        (sum of requested capacity) and ``<side>_routed`` (number of tokens times number of layers).
     """
     gates = [record for stats in stats_by_layer.values() for record in stats.gates]
     sums = sum((gate_metrics(record) for record in gates), torch.zeros(()))

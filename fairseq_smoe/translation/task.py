@@ -28,10 +28,10 @@ from fairseq_smoe.translation.task_files import LANGS_FILE
 class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     """Many-to-many translation on top of ``translation_multi_simple_epoch``.
 
-    By default the target language's token stands in front of the source (paper, section 4.3) and
-    of the target, and directions are sampled by temperature 1, i.e. by size. Without --lang-pairs,
-    both directions of all pairs in the data folder are trained. The languages are read from
-    ``langs.txt`` there where neither --langs nor --lang-dict is given, so that training and
+    By default the target language's token is put in front of the source (paper, section 4.3) and
+    of the target, and directions are sampled with temperature 1, i.e. by size. Without
+    --lang-pairs, both directions of all pairs in the data folder are trained. Without --langs and
+    --lang-dict, the languages are read from ``langs.txt`` in the data folder, so that training and
     translation agree on the vocabulary.
     """
 
@@ -56,26 +56,26 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             default=600,
             metavar="SECONDS",
             help="how long a process waits for another before the training ends with an error that "
-            "names the lost ones (default: %(default)s)",
+            "names the lost processes (default: %(default)s)",
         )
         parser.add_argument("--moe-modules", metavar="MODULE,...", help=MODULES_HELP)
         parser.add_argument(
             "--restore-fallback",
             action="store_true",
-            help="where the checkpoint to go on from is damaged, go on from the newest one in its "
-            "folder that is whole",
+            help="if the checkpoint to resume from is damaged, resume from the newest intact one "
+            "in its folder",
         )
         parser.add_argument(
             "--requested-capacity-file",
             metavar="FILE",
-            help="at generation: keep the mean requested capacity of encoder and decoder, per "
-            "expert layer, in FILE (JSON)",
+            help="in generation: write the mean requested capacity of encoder and decoder, and of "
+            "each expert layer, to FILE (JSON)",
         )
         validation_bleu.add_arguments(parser)
 
     @classmethod
     def check_training_files(cls, args):
-        """Find out, before anything is built, whether every direction of a training has text.
+        """Check, before anything is built, that every direction of a training has text.
 
         Raises:
             OptionError: names the direction.
@@ -95,7 +95,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         )
         self.capacity_meter = None
         self.validation_bleu = None
-        self.gathered_experts = []  # until the training goes on
+        self.gathered_experts = []  # released when training continues after a validation
         if training and (getattr(args, "cpu", False) or not torch.cuda.is_available()):
             keep_freed_memory()
         if training and getattr(args, "eval_bleu", False):
@@ -104,7 +104,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             )
 
     def build_model(self, args, from_checkpoint=False):
-        # to translate or to validate, processes do not keep step, and cannot share experts
+        # to translate or to validate a checkpoint, processes do not keep step, so experts cannot be
+        # sharded
         self.trains_in_step = not from_checkpoint
         return super().build_model(args, from_checkpoint)
 
@@ -115,16 +116,16 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             return super().train_step(sample, model, *args, **kwargs)
         except torch.OutOfMemoryError as error:
             if not any(layer.routed_block.experts.exchanges for _, layer in expert_layers(model)):
-                raise  # fairseq leaves the batch out
+                raise  # fairseq skips the batch
             raise OptionError(
                 f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, "
-                "and the others wait for its experts; give fewer"
+                "and the others wait for its experts; give a lower number"
             ) from error
 
     def begin_valid_epoch(self, epoch, model):
         super().begin_valid_epoch(epoch, model)
         if self.validation_bleu is not None:
-            # translations take as many steps as their sentences need, other ranks' not as many
+            # ranks need different numbers of steps to translate their sentences
             for _, layer in expert_layers(model):
                 layer.routed_block.experts.gather()
                 self.gathered_experts.append(layer.routed_block.experts)
@@ -156,7 +157,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         meter, path = self.capacity_meter, getattr(self.args, "requested_capacity_file", None)
         meter.sentences += num_sentences
         if path:
-            # rewritten after every batch: fairseq tells a task of no last one
+            # rewritten after every batch: fairseq does not tell a task which batch is the last
             facts = {"direction": self.lang_pairs[0], **meter.summary()}
             write_whole(path, json.dumps(facts, indent=1))
 
@@ -188,7 +189,7 @@ def complete_languages(args):
         langs_file = os.path.join(folder, LANGS_FILE)
         if os.path.exists(langs_file):
             listed_in = f"--langs (from {langs_file})"
-            # the list itself: it goes into the checkpoint, and the data may move
+            # the list itself goes into the checkpoint, because the data may be moved
             args.langs = read_languages(langs_file)
     langs = args.langs or (read_languages(args.lang_dict) if args.lang_dict else None)
     pairs = args.lang_pairs.split(",") if isinstance(args.lang_pairs, str) else args.lang_pairs
@@ -211,8 +212,8 @@ def complete_languages(args):
 
 
 def read_languages(path):
-    """The languages listed in a file, one a line."""
+    """The languages listed in a file, one per line."""
     if not os.path.exists(path):
-        raise OptionError(f"--lang-dict {path}: no such file; list one language a line in it")
+        raise OptionError(f"--lang-dict {path}: no such file; list one language per line in it")
     with open(path, encoding="utf-8") as handle:
         return [line.strip() for line in handle if line.strip()]

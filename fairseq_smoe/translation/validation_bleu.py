@@ -12,7 +12,8 @@ ORDER = 4  # n-grams of BLEU
 # columns of the statistics: matches and totals of each order, lengths of translation and reference
 NUM_STATISTICS = 2 * ORDER + 2
 STATISTICS = "bleu_statistics"
-# longest translation, MAX_LEN_A * source + MAX_LEN_B: a model that has learned little never ends
+# maximum length, MAX_LEN_A * source + MAX_LEN_B: a model that has learned little does not end its
+# translations by itself
 MAX_LEN_A, MAX_LEN_B = 2, 20
 
 
@@ -20,28 +21,28 @@ def add_arguments(parser):
     parser.add_argument(
         "--eval-bleu",
         action="store_true",
-        help="translate validation sentences, and log BLEU over their pieces: bleu_en-de for each "
+        help="translate validation sentences, and log BLEU over pieces: bleu_en-de etc. for each "
         "direction, and bleu, the mean of all directions. To choose the best checkpoint by it, add "
         "--best-checkpoint-metric bleu --maximize-best-checkpoint-metric",
     )
     parser.add_argument(
-        "--eval-bleu-beam", type=int, default=1, metavar="N", help="beam of --eval-bleu"
+        "--eval-bleu-beam", type=int, default=1, metavar="N", help="beam size of --eval-bleu"
     )
     parser.add_argument(
         "--eval-bleu-sentences",
         type=int,
         default=100,
         metavar="N",
-        help="with --eval-bleu: the first N validation sentences of each direction; 0 for all",
+        help="with --eval-bleu: translate the first N sentences of each direction; 0 for all",
     )
 
 
 class ValidationBLEU:
     """Translates the sentences of validation batches, which mix directions.
 
-    Every translation is forced to start with the token of its own target language, so a batch of
-    several directions is translated in one go. Each batch logs one tensor of sums, (directions,
-    NUM_STATISTICS), which fairseq adds over batches and processes.
+    Every translation is forced to start with the token of its own target language, so a batch with
+    several directions is translated at once. Each batch logs one tensor of sums, (directions,
+    NUM_STATISTICS), which fairseq adds up over batches and processes.
     """
 
     def __init__(self, args, directions, dictionary, data_manager):
@@ -61,13 +62,13 @@ class ValidationBLEU:
                 raise OptionError(f"--{option.replace('_', '-')} {value}: expected {least} or more")
         if getattr(args, "lang_tok_replacing_bos_eos", False):
             raise OptionError(
-                "--eval-bleu with --lang-tok-replacing-bos-eos: not possible, the batches do not "
-                "know their directions; drop one of them"
+                "--eval-bleu with --lang-tok-replacing-bos-eos: not possible, because batches do "
+                "not know their directions; drop one of them"
             )
         if getattr(args, "ddp_backend", None) == "fully_sharded":
             raise OptionError(
-                "--eval-bleu with --ddp-backend fully_sharded: not possible, no process has the "
-                "whole model; drop --eval-bleu"
+                "--eval-bleu with --ddp-backend fully_sharded: not possible, because no process "
+                "has the whole model; drop --eval-bleu"
             )
         self.beam = args.eval_bleu_beam
         self.sentences = args.eval_bleu_sentences
@@ -79,10 +80,10 @@ class ValidationBLEU:
         self.prefix = torch.tensor(tokens).unsqueeze(1) if spec else None
 
     def statistics(self, sample, model):
-        """(directions, NUM_STATISTICS) float64: sums over the sentences of a batch that are
+        """(directions, NUM_STATISTICS) float64: sums over those sentences of a batch that are
         scored."""
         sums = torch.zeros(len(self.directions), NUM_STATISTICS, dtype=torch.float64)
-        # a rank without a batch of its own gets a training batch, to keep step with the others
+        # a rank that has no batch left gets a training batch, to keep step with the others
         position_B = sample.get("position", torch.empty(0))
         limit = self.sentences or torch.inf
         chosen = (position_B < limit).nonzero().squeeze(1)

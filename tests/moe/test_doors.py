@@ -42,7 +42,10 @@ class AboveGate(Gate):
         return Choices.where(scores_TE, scores_TE > self.options.above)
 
     def losses(self, choices, here_T=None):
-        return {**super().losses(choices, here_T), "peak": mean_over(choices.scores_TE.amax(dim=1), here_T)}
+        return {
+            **super().losses(choices, here_T),
+            "peak": mean_over(choices.scores_TE.amax(dim=1), here_T),
+        }
 
 
 class ScalingExperts(Experts):

@@ -1,1 +1,1 @@
-"""Arrangements of blocks, a file each: see :class:`~fairseq_smoe.moe.arrangement.Arrangement`."""
+"""Arrangements of blocks, one file each. See :class:`~fairseq_smoe.moe.arrangement.Arrangement`."""

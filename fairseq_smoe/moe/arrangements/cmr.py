@@ -55,8 +55,8 @@ class CMRBlock(nn.Module):
         block: the expert branch.
         embed_dim, ffn_dim: sizes of the dense FFN.
         dropout, activation_dropout: as in the block.
-        gate_drop: in training, the fraction of tokens whose gate is closed, so that the dense FFN
-            alone serves them.
+        gate_drop: in training, the gate of this fraction of tokens is set to 0, so that they use
+            only the dense FFN.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class CMRBlock(nn.Module):
         self.activation_fn = activation_fn
 
     def forward(self, x, padding_mask=None):
-        """As :meth:`SMoEBlock.forward`; ``stats.shared_weight`` holds the gate of every real token."""
+        """As :meth:`SMoEBlock.forward`; ``stats.shared_weight`` has the gate's value for every
+        token that is not padding."""
         y, stats = self.block(x, padding_mask)
         h = self.block.norms[0](x)
         hidden = F.dropout(self.activation_fn(self.fc1(h)), self.activation_dropout, self.training)

@@ -1,4 +1,4 @@
-"""Stacking, a baseline of the paper: plain MoE layers one after the other."""
+"""Stacking, a baseline of the paper: plain MoE layers one after another."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from fairseq_smoe.moe.strata import format_strata, own_experts
 @dataclass
 class StackingOptions(KindOptions):
     smoe_stacking: bool = option(
-        False, "baseline of the paper: apply the strata as plain MoE layers one after the other"
+        False, "baseline of the paper: apply the strata as plain MoE layers one after another"
     )
 
     def check(self, strata, options):
@@ -24,13 +24,13 @@ class StackingOptions(KindOptions):
             return
         if len(strata) == 1:
             raise OptionError(
-                f"--smoe-stacking with --smoe-strata {format_strata(strata)}: stacking needs two "
-                "strata or more, e.g. --smoe-strata 4-4"
+                f"--smoe-stacking with --smoe-strata {format_strata(strata)}: stacking needs at "
+                "least two strata, e.g. --smoe-strata 4-4"
             )
         if options.smoe_norm != "paper":
             raise OptionError(
-                f"--smoe-norm {options.smoe_norm} with --smoe-stacking: stacked layers have a "
-                "single LayerNorm; drop --smoe-norm"
+                f"--smoe-norm {options.smoe_norm} with --smoe-stacking: stacked layers have only "
+                "one LayerNorm; drop --smoe-norm"
             )
 
 
@@ -52,8 +52,8 @@ class Stacking(Arrangement):
 class StackedMoEBlock(SMoEBlock):
     """Stacking: L vanilla MoE layers in a row (paper, section 4.1).
 
-    One LayerNorm before the first layer, one residual around all of them, nothing in between;
-    every token visits every layer, so its requested capacity is always L.
+    There is one LayerNorm before the first layer and one residual around all of them, with nothing
+    between the layers. Every token visits every layer, so its requested capacity is always L.
     """
 
     def _visible_experts(self):

@@ -1,1 +1,1 @@
-"""Kinds of experts, a file each: every :class:`~fairseq_smoe.moe.experts.Experts` here has a name."""
+"""Kinds of experts, one file each. Every :class:`~fairseq_smoe.moe.experts.Experts` has a name."""

@@ -29,9 +29,9 @@ BACKENDS = ("auto", "loop", "grouped_mm")
 class FFNOptions(KindOptions):
     moe_expert_backend: str = option(
         "auto",
-        "how the experts multiply: 'loop' one by one, 'grouped_mm' by torch's function of that name, "
-        "without waiting for the GPU. 'auto' takes that in bfloat16 on GPUs of compute capability "
-        "9.x and 10.x, which have a kernel for it. Changes speed only",
+        "how the experts multiply: 'loop' one by one, 'grouped_mm' with torch's function of that "
+        "name, without waiting for the GPU. 'auto': the latter in bfloat16 on GPUs of compute "
+        "capability 9.x and 10.x, which have a kernel for it. Changes speed only",
     )
 
     def check(self, strata, options):
@@ -55,7 +55,7 @@ class FFNExperts(Experts):
         super().__init__(*args, **kwargs)
         widths = {"fc1": (self.embed_dim, self.ffn_dim), "fc2": (self.ffn_dim, self.embed_dim)}
         for layer, (width, out_width) in widths.items():
-            # as nn.Linear: a dense FFN starts the same way
+            # as in nn.Linear, so that experts are initialised like a dense FFN
             bound = 1 / math.sqrt(width)
             for name, shape in (("weight", (width, out_width)), ("bias", (out_width,))):
                 tensor_E = torch.empty(sum(self.strata), *shape).uniform_(-bound, bound)
@@ -76,7 +76,7 @@ class FFNExperts(Experts):
         if grouped and not grouped_mm_takes(w1):
             raise ValueError(
                 f"backend='grouped_mm': cannot take experts of {tuple(w1.shape[1:])} {w1.dtype}; "
-                f"needs rows of a multiple of {ALIGNMENT} bytes, and no float64"
+                f"rows have to be a multiple of {ALIGNMENT} bytes, and the type not float64"
             )
         _log_once("grouped_mm" if grouped else "loop", device, dtype)
         waits = not grouped or self.exchanges
@@ -107,8 +107,8 @@ class SharedExperts:
 
     Attributes:
         fc1, fc2: :class:`~fairseq_smoe.moe.shared_weight.SharedWeight`
-        grouped: whether ``grouped_mm`` multiplies.
-        waits: whether the host has to know numbers of rows, for which it waits for the device.
+        grouped: whether to multiply with ``grouped_mm``.
+        waits: whether the host needs the numbers of rows, for which it waits for the device.
     """
 
     fc1: SharedWeight

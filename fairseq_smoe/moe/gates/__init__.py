@@ -1,1 +1,1 @@
-"""Gates, a file each: every :class:`~fairseq_smoe.moe.gate.Gate` in this folder has a name."""
+"""Gates, one file each. Every :class:`~fairseq_smoe.moe.gate.Gate` in this folder has a name."""

@@ -16,12 +16,12 @@ class TopKOptions(KindOptions):
     moe_second_expert_policy: str = option(
         "sampling",
         "second expert in training: 'sampling' draws it from the gate's distribution, 'all' takes "
-        "the one of second-highest probability; translation always takes the latter",
+        "the one with the second-highest probability, as translation always does",
     )
     moe_capacity_factor: float = option(
         2.0,
         "in training an expert takes at most this many times its even share of a gate's tokens; "
-        "0 for no limit. Translation never drops a token",
+        "0 for no limit. Translation never drops tokens",
     )
 
     def check(self, strata, options):
@@ -37,7 +37,7 @@ class TopKOptions(KindOptions):
 
 
 class TopKGate(Gate):
-    """Two experts, or one, of the highest probability (paper, section 3.2)."""
+    """Every token visits the one or two experts of highest probability (paper, section 3.2)."""
 
     name = "top-k"
     Options = TopKOptions
