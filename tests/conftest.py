@@ -35,6 +35,11 @@ def pytest_configure(config):
         config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first: at the end, the other workers would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
     """``make_once(name, make)`` calls ``make(folder)`` with a new folder, once, and returns it."""
