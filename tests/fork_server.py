@@ -14,10 +14,14 @@ which modules may have read; where no server runs (``pytest --own-processes``); 
 until its standard input is closed.
 """
 
+import atexit
 import contextlib
 import gc
 import json
+import multiprocessing.process
 import os
+import random
+import runpy
 import selectors
 import signal
 import socket
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 # what is imported beforehand, the plugin never: fairseq's commands import it by --user-dir. fairseq
 # sets up logging as it is imported, fairseq_cli.train before: each has a process of its own
@@ -35,7 +40,10 @@ IMPORTS = {
         "torch._dynamo",  # for the optimizer, in every training
     ],
     TRANSLATE: [f"fairseq_cli.{n}" for n in ("generate", "interactive", "validate", "preprocess")],
-    TORCH: ["torch", "torch.distributed.run", "numpy", "sacrebleu", "sentencepiece"],
+    TORCH: [
+        *("torch", "torch.distributed.run", "numpy", "sacrebleu", "sentencepiece"),
+        *("hydra", "sklearn.metrics"),  # for fairseq, which some of them import
+    ],
 }
 KINDS = tuple(IMPORTS)
 SCRIPTS = {
@@ -74,6 +82,7 @@ def serving(environment):
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
+                stderr=listening.enter_context(open(f"{folder}/errors", "w")),
                 pass_fds=numbers,
             )
         os.environ[VARIABLE] = folder
@@ -117,8 +126,11 @@ def run_fork(kind, command, program, env, cwd, input="", timeout=None):
             answer = connection.recv(100)  # closed before that, the server kills the process
         except TimeoutError:
             raise subprocess.TimeoutExpired(command, timeout) from None
+        except ConnectionResetError:
+            answer = b""
         if not answer:
-            raise RuntimeError(f"the fork server for {kind} has died")
+            errors = (Path(os.environ[VARIABLE]) / "errors").read_text()
+            raise RuntimeError(f"the fork server for {kind} has died: {errors}")
         for file in files:
             file.seek(0)
         return subprocess.CompletedProcess(command, int(answer), files[2].read(), files[3].read())
@@ -251,42 +263,66 @@ def read_request(request, *standard_files):
         return json.load(content)
 
 
-def start(program, command, env, cwd):
+# --------------------------------------------------------------------------------------
+# the forks
+
+
+def run_program(program, command, env, cwd):
     """Make of a fork what Python makes of a new process, and run its program.
 
     Args:
         program: as in :func:`run_fork`.
         command: the words that a user types for it.
     """
-    import multiprocessing.process
-    import random
-    import runpy
-    from types import ModuleType
-
-    import numpy
-
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     multiprocessing.process.ORIGINAL_DIR = cwd
     random.seed()
-    numpy.random.seed()
+    sys.modules["numpy"].random.seed()
+    sys.modules["torch"].default_generator.seed()
     sys.orig_argv = command
     sys.modules["__main__"] = module = ModuleType("__main__")
-    if program[0] == "-m":
-        sys.path[0] = cwd
-        sys.argv = ["-m", *program[2:]]
-        runpy._run_module_as_main(program[1])
-    else:
-        sys.path[0] = os.path.dirname(program[0])
-        sys.argv = program
-        module.__file__ = program[0]
-        with open(program[0], "rb") as file:
-            code = compile(file.read(), program[0], "exec")
-        exec(code, vars(module))
+    try:
+        if program[0] == "-m":
+            sys.path[0] = cwd
+            sys.argv = ["-m", *program[2:]]
+            runpy._run_module_as_main(program[1])
+        else:
+            sys.path[0] = os.path.dirname(program[0])
+            sys.argv = program
+            module.__file__ = program[0]
+            with open(program[0], "rb") as file:
+                code = compile(file.read(), program[0], "exec")
+            exec(code, vars(module))
+        leave_with(0)
+    except SystemExit as end:
+        leave_with(end.code)
+        raise
+    except Exception:
+        leave_with(1)
+        raise
+
+
+def leave_with(code):
+    """After the last that Python does at the end, before it takes its modules apart: of a fork,
+    which has not got the memory of them yet, this takes longer than many a command."""
+    status = 0 if code is None else code if isinstance(code, int) else 1
+    LAST.append(lambda: os._exit(status & 0xFF))
+
+
+LAST = []
+
+
+@atexit.register  # before anything else does, and so the last to be called
+def leave():
+    for function in LAST:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        function()
 
 
 if __name__ == "__main__":
     # what follows is the program's: how it ends, and what is printed of its errors
-    start(**main(sys.argv[1:]))
+    run_program(**main(sys.argv[1:]))
