@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 
+import fork_server
 import pytest
 import toy_task
 from filelock import FileLock
@@ -15,10 +16,28 @@ from filelock import FileLock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--own-processes",
+        action="store_true",
+        help="start no command as a fork of a server that has imported its modules: much slower",
+    )
+
+
 def pytest_configure(config):
     # a shell that starts the tests in the background has them, and all they start, ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; deselect with -m 'not slow'")
+    # the workers of pytest -n have that of the process that starts them
+    if not config.option.own_processes and fork_server.VARIABLE not in os.environ:
+        server = fork_server.serving(toy_task.environment())
+        server.__enter__()
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: at the end, the other workers would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

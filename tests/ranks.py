@@ -1,5 +1,6 @@
 """Functions run in several processes that talk to each other by gloo."""
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -18,7 +19,10 @@ def run_ranks(function, world_size, *args):
     """
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
-        mp.spawn(_run, (function, world_size, store, args), nprocs=world_size)
+        # forks of a process that has imported torch, and nothing else of this one's
+        multiprocessing.set_forkserver_preload(["torch"])
+        arguments = (function, world_size, store, args)
+        mp.start_processes(_run, arguments, nprocs=world_size, start_method="forkserver")
 
 
 def _run(rank, function, world_size, store, args):

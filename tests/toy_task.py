@@ -13,13 +13,14 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fork_server
+from fork_server import COMMANDS
+
 REPOSITORY = Path(__file__).parent.parent
-COMMANDS = Path(sys.executable).parent
 LANGS = ("en", "aa", "bb")
 DIRECTIONS = ("en-aa", "en-bb", "aa-en", "bb-en")
 NUM_WORDS = 8
@@ -171,18 +172,15 @@ def environment(**changes):
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **changes}
 
 
-def run(*command, check=True, stdin="", cwd=REPOSITORY, timeout=900):
-    """Run a command of this Python's environment to its end."""
+def run(*command, check=True, stdin="", cwd=REPOSITORY, timeout=900, own_process=False):
+    """Run a command of this Python's environment to its end; see fork_server.py for how it starts.
+
+    Args:
+        own_process: start it as a user does.
+    """
     command = list(map(str, command))
-    done = subprocess.run(
-        command,
-        env=environment(),
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    start = fork_server.run_process if own_process else fork_server.run
+    done = start(command, env=environment(), cwd=cwd, input=stdin, timeout=timeout)
     outcome = Outcome(command, done.returncode, done.stdout, done.stderr)
     assert not check or outcome.returncode == 0, outcome.tail()
     return outcome

@@ -4,9 +4,9 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 
+import fork_server
 import pytest
 import toy_task
 from fairseq import options as fairseq_options
@@ -31,12 +31,10 @@ ROWS = [(benchmark, row) for benchmark in ALL for row in benchmark.rows]
 
 def train(*words, check=True, **variables):
     """``python -m fairseq_smoe train``"""
-    done = subprocess.run(
-        [sys.executable, "-m", "fairseq_smoe", "train", *map(str, words)],
+    done = fork_server.run(
+        [sys.executable, "-m", "fairseq_smoe", "train", *words],
         env=toy_task.environment(**variables),
         cwd=toy_task.REPOSITORY,
-        capture_output=True,
-        text=True,
     )
     assert not check or done.returncode == 0, done.stderr
     return done

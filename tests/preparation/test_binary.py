@@ -76,6 +76,7 @@ def test_files_are_those_of_the_usual_two_steps(folder):
         *("fairseq-preprocess", "--source-lang", "en", "--target-lang", "de"),
         *("--trainpref", folder / "pieces.en-de", "--destdir", folder / "stock"),
         *("--srcdict", folder / "dict.txt", "--tgtdict", folder / "dict.txt"),
+        own_process=True,
     )
     counts = binarise(folder, [folder / "train"])
     for ending in ("bin", "idx"):

@@ -23,6 +23,7 @@ TOY = {
 }
 
 
+@pytest.mark.long
 def test_from_text_to_table_and_pictures(tmp_path):
     started = time.monotonic()
     reproduce(tmp_path)

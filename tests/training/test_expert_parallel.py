@@ -9,6 +9,8 @@ import torch
 import toy_task
 from toy_task import run, train_command
 
+from fairseq_smoe.checkpoints.parts import REFERENCE
+
 # without anything random: the same batches then give the same losses in any number of processes.
 # Not Adam, which divides by the gradient's size, also where it is mere rounding
 EXACT = {
@@ -78,7 +80,7 @@ def slow(*case):
 @pytest.mark.parametrize(
     "processes, size, strata, more",
     [
-        (4, 4, "2-2-2-2", {}),
+        # 4 that share "2-2-2-2": test_four_train_the_model_that_one_trains
         (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
         slow(4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
         slow(2, 2, "2-2-2-2", {"update_freq": 2}),
@@ -101,11 +103,19 @@ def test_processes_train_the_model_that_one_trains(
     gradients clipped: losses, and all parameters."""
     model = ("--smoe-strata", strata)
     outcome = train(data, tmp_path, processes, *model, moe_expert_parallel_size=size, **more)
-    expected = json.loads((alone(strata) / "losses.json").read_text())
-    actual = losses(outcome)
-    assert actual == pytest.approx({int(n): v for n, v in expected.items()}, abs=1e-5)
-    reference = torch.load(alone(strata) / "checkpoint_last.pt", weights_only=False)["model"]
-    trained = merged(tmp_path)["model"]
+    assert losses(outcome) == losses_of_one(alone(strata))
+    assert_model_of_one(tmp_path, alone(strata))
+
+
+def losses_of_one(folder, updates=range(1, 21)):
+    """To compare with: those of the fixture ``alone``."""
+    expected = json.loads((folder / "losses.json").read_text())
+    return pytest.approx({n: expected[str(n)] for n in updates}, abs=1e-5)
+
+
+def assert_model_of_one(folder, alone):
+    reference = torch.load(alone / "checkpoint_last.pt", weights_only=False)["model"]
+    trained = merged(folder)["model"]
     assert trained.keys() == reference.keys()
     for name, tensor in reference.items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
@@ -135,15 +145,35 @@ def test_half_precision_and_validation_bleu(more, sharding, alone, data, tmp_pat
 
 @pytest.fixture(scope="module")
 def by_four(make_once, data):
-    """10 updates by four processes, each with a fourth of the experts."""
-
-    model = ("--smoe-strata", "2-2-2-2", "--moe-expert-parallel-size", 4)
+    """20 updates by four processes, each with a fourth of the experts: their losses, and in
+    ``after-10`` what the folder held after 10 of them."""
 
     def make(folder):
-        outcome = train(data, folder, 4, *model, max_update=10)
-        (folder / "valid.json").write_text(json.dumps(outcome.log("valid")[-1]))
+        model = ("--smoe-strata", "2-2-2-2", "--moe-expert-parallel-size", 4)
+        outcome = train(data, folder, 4, *model, save_interval_updates=10)
+        (folder / "losses.json").write_text(json.dumps(losses(outcome)))
+        then, *_ = outcome.log("valid")
+        assert then["valid_num_updates"] == 10
+        (folder / "valid.json").write_text(json.dumps(then))
+        for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+            copy_checkpoint(folder / "checkpoint_1_10.pt", folder / "after-10" / name)
 
     return make_once("by-four", make)
+
+
+def copy_checkpoint(source, target):
+    """With its experts."""
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(source, target)
+    experts = torch.load(source, weights_only=False)[REFERENCE]["folder"]
+    shutil.copytree(source.parent / experts, target.parent / experts, dirs_exist_ok=True)
+
+
+def test_four_train_the_model_that_one_trains(by_four, alone, tmp_path):
+    """As above; they save after 10 updates, and go on."""
+    found = json.loads((by_four / "losses.json").read_text())
+    assert {int(n): loss for n, loss in found.items()} == losses_of_one(alone("2-2-2-2"))
+    assert_model_of_one(copy_of(by_four, tmp_path / "run"), alone("2-2-2-2"))
 
 
 def copy_of(folder, target):
@@ -154,7 +184,7 @@ def copy_of(folder, target):
 @pytest.mark.parametrize("processes, size", [(2, 2), (2, 1), (1, None)])
 def test_another_number_of_processes_goes_on(processes, size, by_four, alone, data, tmp_path):
     """The losses are those of an unbroken training of one process."""
-    folder = copy_of(by_four, tmp_path / "run")
+    folder = copy_of(by_four / "after-10", tmp_path / "run")
     outcome = train(
         data,
         folder,
@@ -163,8 +193,7 @@ def test_another_number_of_processes_goes_on(processes, size, by_four, alone, da
         update_freq=4 // processes,
         moe_expert_parallel_size=size,
     )
-    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
-    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+    assert losses(outcome) == losses_of_one(alone("2-2-2-2"), range(11, 21))
     remaining = list(folder.glob("experts-*"))
     assert len(remaining) == ((size or 1) > 1), "parts of checkpoints that are no more are removed"
 
@@ -172,14 +201,13 @@ def test_another_number_of_processes_goes_on(processes, size, by_four, alone, da
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 1])
 def test_sharded_processes_go_on_and_one_after_them(size, by_four, alone, data, tmp_path):
-    folder = copy_of(by_four, tmp_path / "run")
+    folder = copy_of(by_four / "after-10", tmp_path / "run")
     model = ("--smoe-strata", "2-2-2-2")
     more = {**SHARDED, "moe_expert_parallel_size": size}
     found = losses(train(data, folder, 2, *model, update_freq=2, max_update=15, **more))
     found |= losses(train(data, folder, 2, *model, update_freq=2, max_update=17, **more))
     found |= losses(train(data, folder, 1, *model, update_freq=4))
-    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
-    assert found == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+    assert found == losses_of_one(alone("2-2-2-2"), range(11, 21))
 
 
 @pytest.mark.parametrize(
@@ -199,17 +227,21 @@ def test_what_does_not_go_together_with_shards(processes, more, message, data, t
 
 
 def test_adam_goes_on_the_same_way_with_shards(data, tmp_path):
-    """Losses, parameters, and what Adam keeps of each of them, in the checkpoint."""
+    """Losses, parameters, and what Adam keeps of each of them, in the checkpoint; as in a training
+    that has not been interrupted."""
     options = {"optimizer": "adam", "lr": 1e-3, "momentum": None, "moe_expert_parallel_size": 2}
 
-    def train_on(folder, updates, **more):
+    def train_to_the_fifth(folder, **more):
         model = ("--smoe-strata", "4-4")
-        return losses(train(data, folder, 2, *model, max_update=updates, **options, **more))
+        return losses(train(data, folder, 2, *model, max_update=5, **options, **more))
 
-    train_on(tmp_path / "plain", 3)
-    shutil.copytree(tmp_path / "plain", tmp_path / "sharded")
-    expected, found = train_on(tmp_path / "plain", 5), train_on(tmp_path / "sharded", 5, **SHARDED)
-    assert expected.keys() == {4, 5} and found == pytest.approx(expected, abs=1e-5)
+    expected = train_to_the_fifth(tmp_path / "plain", save_interval_updates=3)
+    copy_checkpoint(
+        tmp_path / "plain" / "checkpoint_1_3.pt", tmp_path / "sharded" / "checkpoint_last.pt"
+    )
+    found = train_to_the_fifth(tmp_path / "sharded", **SHARDED)
+    assert found.keys() == {4, 5}
+    assert found == pytest.approx({n: expected[n] for n in found}, abs=1e-5)
     plain, sharded = merged(tmp_path / "plain"), merged(tmp_path / "sharded")
     assert sharded["trained_parameters"] == plain["trained_parameters"]
     for state in (plain, sharded):
@@ -223,19 +255,16 @@ def test_four_processes_go_on_with_what_one_has_written(alone, data, tmp_path):
     model = ("--smoe-strata", "2-2-2-2")
     train(data, tmp_path, 1, *model, update_freq=4, max_update=10)
     outcome = train(data, tmp_path, 4, *model)
-    expected = json.loads((alone("2-2-2-2") / "losses.json").read_text())
-    assert losses(outcome) == pytest.approx({n: expected[str(n)] for n in range(11, 21)}, abs=1e-5)
+    assert losses(outcome) == losses_of_one(alone("2-2-2-2"), range(11, 21))
 
 
 def test_validation_and_translation_by_one_process(by_four, data, tmp_path):
     """Of the checkpoint of four, as it lies there, and of one file made of it."""
     expected = json.loads((by_four / "valid.json").read_text())
-    whole = tmp_path / "whole.pt"
-    run(
-        "python", "-m", "fairseq_smoe", "checkpoint", "merge", by_four / "checkpoint_best.pt", whole
-    )
+    in_parts, whole = by_four / "after-10" / "checkpoint_best.pt", tmp_path / "whole.pt"
+    run("python", "-m", "fairseq_smoe", "checkpoint", "merge", in_parts, whole)
     translations = []
-    for checkpoint in (by_four / "checkpoint_best.pt", whole):
+    for checkpoint in (in_parts, whole):
         outcome = run(
             *("python", EXACT_LOGS, "validate", data),
             *("--user-dir", "fairseq_smoe", "--task", "smoe_translation", "--cpu"),
