@@ -16,7 +16,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fairseq_smoe.plots.train_log import read_log
+
 STUDY = Path(__file__).resolve().parent.parent / "results" / "study"
+# what fairseq logs -> the name of its text
+KINDS = {"train_inner": "train", "valid": "idev", "flores": "flores"}
 COLUMNS = (
     *("row", "seed", "lr", "updates", "kind", "loss", "nll_loss", "target_tokens", "seconds"),
     *("encoder_capacity", "decoder_capacity"),
@@ -64,50 +68,37 @@ class Training:
         )
 
     def records(self, runs):
-        """Losses of the training, one dict per logged line."""
+        """Losses of the training, one dict for each update and kind that was logged."""
         log = self.folder(runs) / "train.log"
-        found, tokens, last = {}, 0.0, 0
-        for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
-            for kind in ("train_inner", "valid", "flores"):
-                mark = f"| {kind} | {{"
-                if mark in line:
-                    facts = json.loads(line[line.index(mark) + len(mark) - 1 :])
-                    record = self._record(kind, facts)
-                    if kind == "train_inner":
-                        passed = record["updates"] - last
-                        if passed < 0:  # resumed from an earlier update: later lines replace these
-                            tokens = max(
-                                (
-                                    r["target_tokens"]
-                                    for (k, u), r in found.items()
-                                    if k == kind and u <= record["updates"] - 25
-                                ),
-                                default=0,
-                            )
-                            passed = 25
-                        tokens += passed * float(facts.get("wpb", 0))
-                        last = record["updates"]
-                    record["target_tokens"] = round(tokens)
-                    found[kind, record["updates"]] = record
-        return [found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))]
+        logged = read_log(log) if log.exists() else {}
+        points = sorted(
+            (updates, order, name)
+            for order, name in enumerate(KINDS)
+            for updates in logged.get(name, ())
+        )
+        records, tokens, passed = [], 0, 0
+        for updates, _, name in points:
+            facts = logged[name][updates]
+            if name == "train_inner":
+                tokens += (updates - passed) * float(facts["wpb"])
+                passed = updates
+            records.append(self._record(name, facts, updates, round(tokens)))
+        return records
 
-    def _record(self, kind, facts):
-        prefix = "" if kind == "train_inner" else f"{kind}_"
-
-        def value(name):
-            return facts.get(prefix + name)
-
+    def _record(self, name, facts, updates, tokens):
+        prefix = "" if name == "train_inner" else f"{name}_"
         return {
             "row": self.row,
             "seed": self.seed,
             "lr": self.options["--lr"],
-            "updates": int(float(facts.get("num_updates") or facts[f"{prefix}num_updates"])),
-            "kind": {"train_inner": "train", "valid": "idev", "flores": "flores"}[kind],
-            "loss": value("loss"),
-            "nll_loss": value("nll_loss"),
-            "seconds": facts.get("wall") if kind == "train_inner" else "",
-            "encoder_capacity": value("encoder_requested_capacity"),
-            "decoder_capacity": value("decoder_requested_capacity"),
+            "updates": updates,
+            "kind": KINDS[name],
+            "loss": facts[f"{prefix}loss"],
+            "nll_loss": facts[f"{prefix}nll_loss"],
+            "target_tokens": tokens,
+            "seconds": facts.get("wall", ""),
+            "encoder_capacity": facts.get(f"{prefix}encoder_requested_capacity", ""),
+            "decoder_capacity": facts.get(f"{prefix}decoder_requested_capacity", ""),
         }
 
 

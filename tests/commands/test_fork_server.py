@@ -88,12 +88,16 @@ def test_a_fork_ends_as_a_process_does(end, both):
     process, fork = both(f"{imports}print('begin')\n{ENDS[end]}\n")
     assert (fork.returncode, fork.stdout) == (process.returncode, process.stdout)
     # in a traceback, the frames of the server stand above those of the program
-    head, tail = (process.stderr.splitlines(keepends=True)[part] for part in (slice(1), slice(1, None)))
+    head, tail = (
+        process.stderr.splitlines(keepends=True)[part] for part in (slice(1), slice(1, None))
+    )
     assert fork.stderr.startswith("".join(head)) and fork.stderr.endswith("".join(tail))
 
 
 def test_random_numbers_are_others_every_time(both):
-    numbers = "import random, numpy, torch; print(random.random(), numpy.random.random(), torch.rand(1))"
+    numbers = (
+        "import random, numpy, torch; print(random.random(), numpy.random.random(), torch.rand(1))"
+    )
     first, second = (both(numbers)[1].stdout.split() for _ in range(2))
     assert len(first) == 3 and not set(first) & set(second)
 
