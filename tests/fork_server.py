@@ -1,10 +1,11 @@
 """Commands as forks of processes that have imported what they import first, which takes seconds.
 
-:func:`run` does what ``subprocess.run`` does, for the commands of fairseq and of this project. What it starts
-differs from a process of the command's own in nothing but its beginning: its modules are imported
-already, in the order in which the command would import them, and its strings have the hash values
-of the others. It has its own memory, process id, environment, files, signal handlers and random
-numbers; it runs the installed script, as ``__main__``, and ends as Python ends.
+:func:`run` is ``subprocess.run`` for the commands of fairseq and of this project. A fork
+differs from a process of the command's own in its beginning: its modules are imported already, so
+that what imports print is missing, and its strings have the hash values of other forks. It differs
+in its end: Python's own, without the last step that takes modules apart. It has its own memory,
+process id, environment, files, signal handlers and random numbers, and runs the installed script,
+as ``__main__``.
 
 A command is a process of its own all the same where its environment differs from that of the tests,
 which modules may have read; where no server runs (``pytest --own-processes``); and for all of
