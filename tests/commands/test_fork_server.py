@@ -138,13 +138,13 @@ def test_what_modules_may_read_needs_a_process_of_its_own(variable, monkeypatch)
     assert done.stdout == f"{toy_task.REPOSITORY / 'fairseq_smoe'}\n"
 
 
-def test_commands_print_what_they_print_as_processes(data, short_run):
+def test_commands_print_what_they_print_as_processes(data, short_run, tmp_path):
     """But for what imports print: fairseq's log, on the stream of each command, and errors."""
     generate = ["fairseq-generate", data]
     generate += toy_task._translation_options(short_run / "checkpoint_last.pt", "en-aa", (), {})
     for command in (
         generate,
-        toy_task.train_command(data, "nowhere", "--smoe-strata", "4-x"),
+        toy_task.train_command(data, tmp_path, "--smoe-strata", "4-x"),
         ["python", "-m", "fairseq_smoe", "checkpoint", "inspect", short_run / "checkpoint_last.pt"],
         ["python", "-m", "fairseq_smoe", "checkpoint"],
     ):

@@ -6,6 +6,7 @@ import polib
 import pytest
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.commands import catalogues as command
 from fairseq_smoe.preparation import catalogues
 
 
@@ -90,7 +91,7 @@ def test_writes_parallel_files_without_overlap(tmp_path):
         langs="de,ru",
         test_share=0.2,
     )
-    catalogues.run(args)
+    command.run(args)
     english = {}
     for name in ("train", "valid", "test"):
         for lang in ("de", "ru"):
@@ -105,7 +106,7 @@ def test_writes_parallel_files_without_overlap(tmp_path):
 def test_wrong_share_is_named(tmp_path):
     args = Namespace(source=str(tmp_path), to=str(tmp_path), langs="de", test_share=1.5)
     with pytest.raises(OptionError, match="--test-share 1.5: expected a fraction"):
-        catalogues.run(args)
+        command.run(args)
 
 
 def test_unknown_language_is_named(tmp_path):
