@@ -38,14 +38,7 @@ class OneHotBlock(SMoEBlock):
             )
         ]
         y_TD = torch.einsum("tec,ecd->td", combine_TEC, torch.stack(outputs))
-        record = GateRecord(
-            choices.scores_TE.detach(),
-            choices.best_T,
-            choices.expert_C,
-            choices.token_C,
-            plan.kept_C,
-        )
-        return y_TD, record, gate.losses(choices)
+        return y_TD, GateRecord.of(choices, plan.kept_C), gate.losses(choices)
 
 
 class DenseFFN(nn.Module):

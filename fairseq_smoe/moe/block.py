@@ -44,6 +44,12 @@ class GateRecord:
     kept_C: Optional[torch.Tensor] = None
     here_T: Optional[torch.Tensor] = None
 
+    @classmethod
+    def of(cls, choices, kept_C=None, here_T=None):
+        """The record of a gate's :class:`~fairseq_smoe.moe.gate.Choices`."""
+        scores_TE = choices.scores_TE.detach()
+        return cls(scores_TE, choices.best_T, choices.expert_C, choices.token_C, kept_C, here_T)
+
     @property
     def num_tokens(self):
         """Number of tokens that were at this gate; a scalar tensor if only the device knows it."""
@@ -250,14 +256,7 @@ class SMoEBlock(nn.Module):
         plan = plan_dispatch(rows_C, choices.token_C, len(visible), capacity, here_T)
         weights_C = self._mask_outputs(gate.weights(choices, plan.kept_C))
         rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
-        record = GateRecord(
-            choices.scores_TE.detach(),
-            choices.best_T,
-            choices.expert_C,
-            choices.token_C,
-            plan.kept_C,
-            here_T,
-        )
+        record = GateRecord.of(choices, plan.kept_C, here_T)
         losses = gate.losses(choices, here_T)
         return combine_rows(rows_ND, weights_C, plan, len(normed_TD)), record, losses
 

@@ -14,8 +14,7 @@ def record(first, second, num_experts, kept=None, scores=None):
     if scores is None:
         scores = torch.full((len(first), num_experts), 1 / num_experts)
     kept = None if kept is None else torch.tensor(kept).flatten()
-    choices = Choices.ranked(scores, torch.tensor([first, second]))
-    return GateRecord(scores, choices.best_T, choices.expert_C, choices.token_C, kept)
+    return GateRecord.of(Choices.ranked(scores, torch.tensor([first, second])), kept)
 
 
 def test_gate_metrics_by_hand():
