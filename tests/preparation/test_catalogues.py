@@ -5,8 +5,8 @@ from argparse import Namespace
 import polib
 import pytest
 
-from fairseq_smoe.errors import OptionError
 from fairseq_smoe.commands import catalogues as command
+from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import catalogues
 
 
