@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import torch
 
 from fairseq_smoe.benchmarks.training_command import model_options, vocab_size
-from fairseq_smoe.moe.strata import mean_requested_capacity
 
 # The paper does not give the length of the context that it counts attention over. With this one the
 # dense models of both tables are within 1% of the printed figures.
@@ -65,18 +64,11 @@ def flops_per_token(model, options):
         block = layer.routed_block
         experts = count_parameters(block.experts)
         shared -= experts
-        visited += experts / sum(block.strata) * _experts_per_token(options, block)
+        visits = block.expected_choices() * block.expected_passes()
+        visited += experts / sum(block.strata) * visits
     attention_sublayers = options.encoder_layers + 2 * options.decoder_layers
     attention = 2 * options.encoder_embed_dim * CONTEXT_LENGTH * attention_sublayers
     return 2 * (shared + visited) + attention
-
-
-def _experts_per_token(options, block):
-    if options.smoe_stacking:
-        passes = len(block.strata)
-    else:
-        passes = mean_requested_capacity(block.strata)
-    return max(gate.expected_choices() for gate in block.gates) * passes
 
 
 def build_on_meta(command_line, vocab_size):

@@ -117,7 +117,7 @@ def measure(model):
     for _, layer in expert_layers(model):
         block = layer.routed_block
         experts = block.experts
-        top_k = max(gate.expected_choices() for gate in block.gates)
+        top_k = block.expected_choices()
         stacked = isinstance(block, StackedMoEBlock)
         blocks.append(Block(experts.embed_dim, experts.ffn_dim, block.strata, top_k, stacked))
         shared -= count_parameters(block.experts)

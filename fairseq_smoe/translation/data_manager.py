@@ -120,7 +120,7 @@ class DirectionDataManager(MultilingualDatasetManager):
         folders = find_shards(self.args.data)
         if not for_training:
             folders = utils.split_paths(self.args.data)[:1]  # as fairseq does
-        present = set().union(*(find_pairs(folder, split) for folder in folders))
+        present = find_all_pairs(folders, split)
         found = [d for d in self.lang_pairs if pair_of(d, present)]
         missing = [d for d in self.lang_pairs if d not in found]
         if not found or (missing and for_training):
@@ -200,7 +200,7 @@ def check_training_files(args):
     split, directions = args.train_subset, args.lang_pairs
     if isinstance(directions, str):
         directions = directions.split(",")
-    present = set().union(*(find_pairs(folder, split) for folder in find_shards(args.data)))
+    present = find_all_pairs(find_shards(args.data), split)
     for direction in directions:
         if pair_of(direction, present) is None:
             raise OptionError(_explain_missing(args, direction, split, True, present))
@@ -254,9 +254,14 @@ def find_pairs(folder, split):
     }
 
 
+def find_all_pairs(folders, split):
+    """Names of the pairs that have all their files of a split in one of the folders."""
+    return set().union(*(find_pairs(folder, split) for folder in folders))
+
+
 def all_directions(data, split):
     """Both directions of every pair that has files of a split, in alphabetical order."""
-    pairs = set().union(*(find_pairs(folder, split) for folder in find_shards(data)))
+    pairs = find_all_pairs(find_shards(data), split)
     return sorted({d for pair in pairs for d in (pair, reverse_of(pair))})
 
 
