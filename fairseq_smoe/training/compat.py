@@ -28,17 +28,6 @@ def apply():
     print_user_errors_in_one_line()
 
 
-class Overlay:
-    """A module with some of its attributes replaced."""
-
-    def __init__(self, module, replacements):
-        self._module = module
-        self.__dict__.update(vars(replacements))
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
 def find_torchrun_processes_on_cpu():
     """fairseq derives the number of processes from the number of GPUs. Under torchrun without GPUs,
     every process would train alone; if the number is given, fairseq would divide by zero GPUs."""

@@ -19,9 +19,8 @@ from fairseq_smoe.checkpoints import files
 from fairseq_smoe.checkpoints.choice import newest_whole
 from fairseq_smoe.checkpoints.parts import read_checkpoint, remove_unused_folders
 from fairseq_smoe.errors import OneLineError
+from fairseq_smoe.patching import Overlay, when_imported
 from fairseq_smoe.training import lost_ranks
-from fairseq_smoe.training.compat import Overlay
-from fairseq_smoe.training.late_import import when_imported
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,18 @@
-"""Changing a module that may be imported later."""
+"""Replacing names in modules of other packages, which may be imported later."""
 
 import importlib.util
 import sys
+
+
+class Overlay:
+    """A module with some of its attributes replaced."""
+
+    def __init__(self, module, replacements):
+        self._module = module
+        self.__dict__.update(vars(replacements))
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
 
 
 def when_imported(name, change):

@@ -1,0 +1,1 @@
+"""Changes to fairseq's programs that translate: fairseq-generate and fairseq-interactive."""
