@@ -17,7 +17,7 @@ from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS, FFNExperts, FFNOptions
 from fairseq_smoe.moe.gate import BALANCE_LOSS
 from fairseq_smoe.moe.gates.top_k import SECOND_EXPERT_POLICIES, TopKGate, TopKOptions
 from fairseq_smoe.moe.selection import select
-from fairseq_smoe.moe.strata import mean_requested_capacity, visible_experts
+from fairseq_smoe.moe.strata import visible_experts, visit_probabilities
 
 NORMS = ("paper", "released")
 
@@ -191,13 +191,14 @@ class SMoEBlock(nn.Module):
         stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
         self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
 
-    def expected_passes(self):
-        """Mean number of passes per token under uniform gates (paper, section 4.4)."""
-        return mean_requested_capacity(self.strata)
+    def expected_visits(self):
+        """Tokens at each gate per token that enters the block, under uniform gates; they add up to
+        the mean requested capacity (paper, section 4.4)."""
+        return visit_probabilities(self.strata)
 
     def expected_choices(self):
-        """Experts per pass under uniform gates, at the gate with the most."""
-        return max(gate.expected_choices() for gate in self.gates)
+        """Experts that a token visits at each gate, under uniform gates."""
+        return [gate.expected_choices() for gate in self.gates]
 
     def _visible_experts(self):
         return visible_experts(self.strata)

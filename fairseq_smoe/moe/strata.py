@@ -59,3 +59,13 @@ def mean_requested_capacity(strata):
         )
         capacities.append(following)
     return following
+
+
+def visit_probabilities(strata):
+    """Probability that a token visits each gate, if every gate chooses its best expert uniformly.
+
+    Of the strata from i on, some stratum is the first that a token's best expert comes from. The
+    token visits gate i + 1 if that is stratum i. The probabilities add up to
+    :func:`mean_requested_capacity`.
+    """
+    return [1.0, *(size / sum(strata[i:]) for i, size in enumerate(strata[:-1]))]
