@@ -243,9 +243,7 @@ def complete_languages(args, checkpoint=None):
             )
         for lang in pair.split("-"):
             if langs is not None and lang not in langs:
-                raise OptionError(
-                    f"{listed_in}: {lang} is missing, which {pair} needs; {remedy}"
-                )
+                raise OptionError(f"{listed_in}: {lang} is missing, which {pair} needs; {remedy}")
 
 
 def read_languages(path):
