@@ -132,8 +132,8 @@ def clean(plan):
     """Drop pairs by the rules. Summary: ``{pair: {split: counts}}``."""
     hint = ""
     if plan.benchmark and plan.cleaning == "none":
-        hint = " (the published text as it is; text of your own: --clean default)"
-    print(f"clean: rules {in_words(plan.cleaning, asdict(plan.rules))}{hint}")
+        hint = ", as the published text is kept; --clean default cleans text of your own"
+    print(f"clean: rules {in_words(plan.cleaning, asdict(plan.rules))}{hint}", flush=True)
     folder = plan.clean
     folder.mkdir(exist_ok=True)
     found, verified = _summary(plan, "fetch"), _summary(plan, "verify")

@@ -70,8 +70,8 @@ def warn(found):
         _say(f"{more:,} more lines to validate or test on are too long; report.md has all")
     if number := sum(found["train"].values()):
         _say(
-            f"{number:,} pairs of training sentences have a side that is too long: "
-            f"{_limit_in_words(found)}; training skips them"
+            f"pairs of training sentences with a side that is too long: {number:,}; training "
+            f"skips them, as {_limit_in_words(found)}"
         )
 
 

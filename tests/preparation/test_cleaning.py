@@ -1,5 +1,6 @@
 """Which text ``python -m fairseq_smoe prepare`` cleans, what it says of it, and of long lines."""
 
+import argparse
 import json
 import re
 
@@ -10,7 +11,10 @@ from prepared_folder import contents, run, write_text
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
 from fairseq_smoe.benchmarks.cleaning import recorded_cleaning
+from fairseq_smoe.commands import prepare, train
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation.plan import make_plan
+from fairseq_smoe.training.benchmark_row import plan_training
 
 M4 = {"benchmark": "m4", "pairs": "eng-nso", "splits": "train=train valid=valid test=test"}
 # pairs that some rule drops by default
@@ -153,6 +157,28 @@ def test_a_folder_of_an_earlier_version_goes_on_as_it_was_prepared(text, tmp_pat
     run(text, tmp_path / "fresh", **options)
     assert contents(target) == contents(tmp_path / "fresh")
     assert recorded_cleaning(tmp_path) is None
+
+
+def plan_of(*words):
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return make_plan(parser.parse_args(["--to", "data", *words]))
+
+
+def test_the_corpora_of_a_recipe_are_not_the_papers():
+    assert plan_of("--benchmark", "m4", "--recipe", "list.txt").cleaning == "default"
+    assert plan_of("--benchmark", "m4").cleaning == "none"
+
+
+def test_a_training_keeps_how_its_text_was_cleaned(text, tmp_path):
+    run(text, tmp_path / "data", **M4, steps="fetch verify clean")
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    for data, cleaning in (("data", "none"), ("other", None)):
+        words = ["m4", "dense", "--cpu", "--run", str(tmp_path / "run")]
+        args = parser.parse_args([*words, "--data", str(tmp_path / data)])
+        args.more = []
+        assert plan_training(args).facts["cleaning"] == cleaning
 
 
 # --------------------------------------------------------------------------------------
