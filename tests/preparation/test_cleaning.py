@@ -222,3 +222,17 @@ def test_long_lines_are_named_and_kept(tmp_path, capsys):
     dataset = task.datasets["valid"]
     _, refused = dataset.filter_indices_by_size(dataset.ordered_indices(), task.max_positions())
     assert len(refused) == len(expected)
+
+
+def test_a_long_line_behind_one_that_is_dropped(tmp_path, capsys):
+    """The number is that in the text beside the binary files, which the warning then names."""
+    text, target = write_text(tmp_path / "text"), tmp_path / "data"
+    for lang in ("en", "de"):
+        path = text / f"test.en-de.{lang}"
+        path.write_bytes(b"caf\xe9\n" + path.read_bytes() + b"word " * 1100 + b"\n")
+    run(text, target, **{"invalid-utf8": "drop"})
+    named = re.findall(r"warning: (\S+): line (\d+) \(test", capsys.readouterr().err)
+    assert named == [(str(target / f"test.en-de.{lang}.txt"), "21") for lang in ("en", "de")]
+    for path, number in named:
+        with open(path) as lines:
+            assert list(lines)[int(number) - 1].count("word") == 1100
