@@ -69,6 +69,8 @@ class Benchmark:
         rows: of the paper's table, in its order.
         scored_columns: names of the table's columns of scores, in its order.
         table: which of the paper's it is; "" for one of the user's own.
+        clean: what is dropped from its training text; see
+            :func:`~fairseq_smoe.benchmarks.cleaning.rules_of`.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Benchmark:
     scored_columns: tuple
     languages: tuple
     table: str = ""
+    clean: str | dict = "default"
 
     def pairs(self, train_only=False):
         """``["eng-nso", ...]``; ``train_only`` adds the languages without test text."""
@@ -149,7 +152,7 @@ def load(name):
 
     The file is like those in ``benchmarks/``. With ``"like": "m4"`` it may leave out entries, also
     single options in ``training`` and ``size``. These are taken from M4, without the paper's
-    figures.
+    figures and without ``clean``, which is about the paper's text.
 
     Raises:
         OptionError: no such benchmark, or the file cannot be used.
@@ -205,14 +208,14 @@ def _completed(own):
         return own
     if own["like"] not in NAMES:
         raise ValueError(f"like {own['like']}: choose one of {', '.join(NAMES)}")
-    other = _without_figures(_published(own.pop("like")))
+    other = _without_the_papers(_published(own.pop("like")))
     merged = {key: {**other[key], **own.get(key, {})} for key in ("training", "size")}
     return {**other, **own, **merged}
 
 
-def _without_figures(fields):
+def _without_the_papers(fields):
     rows = [{"name": row["name"], "options": row["options"]} for row in fields["rows"]]
-    return {**fields, "rows": rows, "columns": None, "table": ""}
+    return {**fields, "rows": rows, "columns": None, "table": "", "clean": "default"}
 
 
 def _build(name, fields):

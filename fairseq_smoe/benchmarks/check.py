@@ -3,7 +3,10 @@
 import shlex
 from collections import Counter
 
-REQUIRED_TRAINING = ("--arch", "--moe-freq", "--max-source-positions", "--max-target-positions")
+from fairseq_smoe.benchmarks.cleaning import rules_of
+
+POSITIONS = ("--max-source-positions", "--max-target-positions")
+REQUIRED_TRAINING = ("--arch", "--moe-freq", *POSITIONS)
 SIZES = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
 
 
@@ -37,6 +40,11 @@ def check_benchmark(benchmark):
     for option in REQUIRED_TRAINING:
         if option not in benchmark.training:
             raise ValueError(f"training: {option} is missing")
+    for option in POSITIONS:
+        value = benchmark.training[option][0]
+        if not (value.isascii() and value.isdigit() and int(value)):
+            raise ValueError(f"training {option} {value}: expected a number from 1")
+    rules_of(benchmark.clean)
     for row in benchmark.rows:
         try:
             shlex.split(row.options)

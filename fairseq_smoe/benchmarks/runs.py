@@ -18,7 +18,8 @@ class Run:
 
     Attributes:
         folder: holds ``checkpoints/``, ``train.log``, ``evaluation/``, ``analysis/``.
-        facts: content of ``run.json``: benchmark, row, scale, seed, data, command; {} for a folder
+        facts: content of ``run.json``: benchmark, row, scale, seed, data and its
+            cleaning, command; {} for a folder
             without it, as of a user's own training.
     """
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fairseq_smoe.accounting.flops import count_parameters, flops_per_token
 from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.cleaning import NOT_RECORDED, recorded_cleaning
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation import set_up_fairseq
 from fairseq_smoe.evaluation.batches import TokenBudget
@@ -76,7 +77,7 @@ def evaluate(args, training, checkpoint):
         for test_set in waiting:
             folders[test_set.subset].forget(test_set.direction)
         model, task = saved.build(directions)
-        facts = {"model": _model_facts(model, saved)}
+        facts = {"model": _model_facts(model, saved), "cleaning": _cleaning(args, training, data)}
         tokens = args.max_tokens or (CPU_TOKENS if devices[0].type == "cpu" else GPU_TOKENS)
         if len(devices) == 1:
             translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
@@ -87,7 +88,8 @@ def evaluate(args, training, checkpoint):
         if not args.no_score:
             for subset, folder in folders.items():
                 scores = score_folder(folder.path, args, facts)
-                print(f"\n{scores['name']}, {subset}\n\n{score_table(scores)}")
+                about = f"training text cleaned: {scores['cleaning']}"
+                print(f"\n{scores['name']}, {subset}; {about}\n\n{score_table(scores)}")
 
 
 def load_translator(checkpoint, data, directions, settings, device, tokens):
@@ -138,6 +140,14 @@ def _directions(args, benchmark, saved):
                     f"{', '.join(languages)}"
                 )
     return list(dict.fromkeys(args.directions))
+
+
+def _cleaning(args, training, data):
+    """How the training text was cleaned. A folder given with --data may have other text."""
+    recorded = training.facts.get("cleaning")
+    if recorded is None and not args.data:
+        recorded = recorded_cleaning(data)
+    return recorded or NOT_RECORDED
 
 
 def _model_facts(model, saved):

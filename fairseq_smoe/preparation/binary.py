@@ -114,6 +114,13 @@ def write_index(path, sizes, dtype):
         handle.write(starts.astype("<i8").data)
 
 
+def read_sizes(path):
+    """The lengths of the sentences of an ``.idx`` file; (sentences,) int32 in tokens."""
+    with open(path, "rb") as handle:
+        *_, sentences = _HEADER.unpack(handle.read(_HEADER.size))
+        return np.fromfile(handle, dtype="<i4", count=sentences)
+
+
 def chunk_files(folder, name, number):
     """The files with the chunks of the file ``name``."""
     return [Path(folder) / f"{name}.{i:05d}.npz" for i in range(number)]

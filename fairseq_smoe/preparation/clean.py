@@ -8,7 +8,6 @@ comparable.
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 
@@ -33,40 +32,38 @@ _SEPARATORS = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]+")
 BLOCK_LINES = 100_000
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The rules for dropping pairs; lengths in characters, 0 for no limit."""
-
-    invalid_utf8: str = "error"
-    empty: str = "drop"
-    identical: str = "drop"
-    max_length: int = 1000
-    max_length_ratio: float = 9.0
-    held_out: str = "drop"
-    duplicates: str = "drop"
-
-    def broken_by(self, first, second):
-        """The number of the first rule that a pair breaks by itself, or ``KEPT``."""
-        if first is None or second is None:
-            return RULES.index("invalid_utf8")
-        shorter, longer = sorted((len(first), len(second)))
-        if self.empty == "drop" and shorter == 0:
-            return RULES.index("empty")
-        if self.identical == "drop" and first == second:
-            return RULES.index("identical")
-        if self.max_length and longer > self.max_length:
-            return RULES.index("too_long")
-        if self.max_length_ratio and longer > self.max_length_ratio * max(shorter, 1):
-            return RULES.index("length_ratio")
-        return KEPT
+def broken_by(rules, first, second):
+    """The number of the first rule that a pair breaks by itself, or ``KEPT``."""
+    if first is None or second is None:
+        return RULES.index("invalid_utf8")
+    shorter, longer = sorted((len(first), len(second)))
+    if rules.empty == "drop" and shorter == 0:
+        return RULES.index("empty")
+    if rules.identical == "drop" and first == second:
+        return RULES.index("identical")
+    if rules.max_length and longer > rules.max_length:
+        return RULES.index("too_long")
+    if rules.max_length_ratio and longer > rules.max_length_ratio * max(shorter, 1):
+        return RULES.index("length_ratio")
+    return KEPT
 
 
-def tidy(line):
-    """A line of a file as text without its line end; None if it is not UTF-8."""
+def tidy(line, repaired=None):
+    """A line of a file as text, without white space at its ends; None if it is not UTF-8.
+
+    Args:
+        repaired: a list to which the line is added if characters in it are replaced or removed.
+    """
     try:
-        return _SEPARATORS.sub(" ", line.decode("utf-8").removeprefix("\ufeff")).strip()
+        text = line.decode("utf-8")
     except UnicodeDecodeError:
         return None
+    stripped = text.strip()
+    if text.startswith("\ufeff") or _SEPARATORS.search(stripped):
+        if repaired is not None:
+            repaired.append(line)
+        return _SEPARATORS.sub(" ", text.removeprefix("\ufeff")).strip()
+    return stripped
 
 
 def normalise(text):
@@ -80,12 +77,12 @@ def fingerprint(text):
     return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def read_pairs(paths):
-    """Blocks of pairs of tidy lines of two parallel files."""
+def read_pairs(paths, repaired=None):
+    """Blocks of pairs of lines of two parallel files, as :func:`tidy` returns them."""
     with open(paths[0], "rb") as first, open(paths[1], "rb") as second:
         lines = zip(first, second, strict=True)
         while block := list(islice(lines, BLOCK_LINES)):
-            yield [(tidy(a), tidy(b)) for a, b in block]
+            yield [(tidy(a, repaired), tidy(b, repaired)) for a, b in block]
 
 
 def write_held_out(paths, target):
@@ -108,22 +105,28 @@ def clean_training_text(paths, targets, rules, held_out):
 
     Returns:
         ``{"kept" or name of a rule: {"lines": ..., "words": ...}}``; words are counted at white
-        space and over both sides.
+        space and over both sides. Of the pairs kept, ``"in_held_out"`` has those with a side in
+        the held-out text; ``"repaired"`` has the lines that :func:`tidy` changed.
     """
     known = [np.load(path) for path in held_out]
-    verdicts, hashes, words = [], [], []
-    for pairs in read_pairs(paths):
-        verdict = np.array([rules.broken_by(*pair) for pair in pairs], dtype=np.uint8)
+    verdicts, overlaps, hashes, words, repaired = [], [], [], [], []
+    for pairs in read_pairs(paths, repaired):
+        verdict = np.array([broken_by(rules, *pair) for pair in pairs], dtype=np.uint8)
         keys = [[normalise(text or "") for text in side] for side in zip(*pairs)]
+        overlap = np.zeros(len(pairs), dtype=bool)
+        for side, sentences in zip(keys, known):
+            marks = np.array([fingerprint(key) for key in side], dtype=np.uint64)
+            overlap |= np.isin(marks, sentences)
         if rules.held_out == "drop":
-            for side, sentences in zip(keys, known):
-                marks = np.array([fingerprint(key) for key in side], dtype=np.uint64)
-                verdict[(verdict == KEPT) & np.isin(marks, sentences)] = RULES.index("held_out")
+            verdict[(verdict == KEPT) & overlap] = RULES.index("held_out")
+        overlaps.append(overlap)
         if rules.duplicates == "drop":
             hashes.append(np.array([fingerprint(f"{a}\n{b}") for a, b in pairs], dtype=np.uint64))
         verdicts.append(verdict)
         words.append(np.array([a.count(" ") + b.count(" ") + 2 for a, b in zip(*keys)], np.int32))
-    verdict, words = (np.concatenate(blocks or [np.empty(0, int)]) for blocks in (verdicts, words))
+    verdict, overlap, words = (
+        np.concatenate(blocks or [np.empty(0, int)]) for blocks in (verdicts, overlaps, words)
+    )
     if hashes:
         candidates = np.flatnonzero(verdict == KEPT)
         _, firsts = np.unique(np.concatenate(hashes)[candidates], return_index=True)
@@ -131,10 +134,13 @@ def clean_training_text(paths, targets, rules, held_out):
         repeated[firsts] = False
         verdict[candidates[repeated]] = RULES.index("duplicate")
     _write_kept(paths, targets, verdict == KEPT)
-    return {
-        name: {"lines": int((verdict == code).sum()), "words": int(words[verdict == code].sum())}
-        for code, name in enumerate((*RULES, "kept"))
+    chosen = {name: verdict == code for code, name in enumerate((*RULES, "kept"))}
+    chosen["in_held_out"] = chosen["kept"] & overlap.astype(bool)
+    counts = {
+        name: {"lines": int(lines.sum()), "words": int(words[lines].sum())}
+        for name, lines in chosen.items()
     }
+    return {**counts, "repaired": {"lines": len(repaired)}}
 
 
 def _write_kept(paths, targets, keep):
@@ -150,7 +156,8 @@ def _write_kept(paths, targets, keep):
 
 def tidy_held_out_text(paths, targets):
     """Write all pairs of lines but those that are not UTF-8; returns counts as above."""
-    pairs = [pair for block in read_pairs(paths) for pair in block]
+    repaired = []
+    pairs = [pair for block in read_pairs(paths, repaired) for pair in block]
     good = [pair for pair in pairs if None not in pair]
     for side, target in enumerate(targets):
         with whole_file(target) as handle:
@@ -159,6 +166,7 @@ def tidy_held_out_text(paths, targets):
     return {
         "kept": {"lines": len(good), "words": words},
         "invalid_utf8": {"lines": len(pairs) - len(good), "words": 0},
+        "repaired": {"lines": len(repaired)},
     }
 
 
@@ -173,7 +181,9 @@ def clean_pair(pair, raw, folder, splits, rules):
     """
     summary = folder / f"{pair}.json"
     if summary.exists():
-        return json.loads(summary.read_text(encoding="utf-8"))
+        counts = json.loads(summary.read_text(encoding="utf-8"))
+        if is_current(counts):
+            return counts
     langs, counts = pair.split("-"), {}
     for split in splits:
         paths = [raw / f"{split}.{pair}.{lang}" for lang in langs]
@@ -184,10 +194,16 @@ def clean_pair(pair, raw, folder, splits, rules):
         else:
             counts[split] = tidy_held_out_text(paths, targets)
     if counts["train"]["kept"]["lines"] == 0:
-        dropped = ", ".join(f"{c['lines']} {n}" for n, c in counts["train"].items() if c["lines"])
+        lines = {rule: counts["train"][rule]["lines"] for rule in RULES}
+        dropped = ", ".join(f"{number} {rule}" for rule, number in lines.items() if number)
         raise OptionError(
             f"--pairs {pair}: no training text is left after cleaning ({dropped}); leave the "
             "pair out with --redo fetch, or relax the rules with --redo clean"
         )
     write_whole(summary, json.dumps(counts, indent=1) + "\n")
     return counts
+
+
+def is_current(counts):
+    """Whether the counts of a pair have all entries, and are not of an earlier version."""
+    return all("repaired" in count for count in counts.values())

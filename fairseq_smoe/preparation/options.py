@@ -1,8 +1,8 @@
 """Options of ``python -m fairseq_smoe prepare``, grouped by step."""
 
 from fairseq_smoe.benchmarks import benchmark
+from fairseq_smoe.benchmarks.cleaning import CLEANINGS, Rules
 from fairseq_smoe.benchmarks.scale import SCALES
-from fairseq_smoe.preparation.clean import Rules
 from fairseq_smoe.preparation.pool import available_cores
 from fairseq_smoe.preparation.sources import FLORES200_URL, M15_SOURCE, OPUS100_URL
 
@@ -11,7 +11,7 @@ STEP_OPTIONS = {
     "fetch": ("benchmark", "sources", "pairs", "splits", "recipe"),
     "verify": ("invalid_utf8",),
     "clean": (
-        *("empty", "identical", "max_length", "max_length_ratio"),
+        *("cleaning", "empty", "identical", "max_length", "max_length_ratio"),
         *("held_out", "duplicates"),
     ),
     "sentencepiece": ("vocab_size", "character_coverage", "temperature", "sample_lines", "seed"),
@@ -20,13 +20,14 @@ STEP_OPTIONS = {
     "report": (),
 }
 STEPS = tuple(STEP_OPTIONS)
+FLAGS = {"sources": "--from", "cleaning": "--clean"}  # where they are not named like the option
 # steps that leave nothing behind if they fail, so that other options may be tried next
 FREE_AFTER_FAILURE = ("fetch", "verify", "sentencepiece")
 
 
 def flag(name):
     """The flag of an option."""
-    return "--from" if name == "sources" else "--" + name.replace("_", "-")
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def add_arguments(parser):
@@ -57,7 +58,9 @@ def add_arguments(parser):
     _add_download(parser.add_argument_group("where published text comes from"))
     _add_clean(
         parser.add_argument_group(
-            "clean", "What to drop from the training text; the report counts it rule by rule."
+            "clean",
+            "What to drop from the training text. The report counts it rule by rule, and says how "
+            "much of what is left overlaps with the validation and test text.",
         )
     )
     _add_vocabulary(parser.add_argument_group("SentencePiece"))
@@ -138,44 +141,49 @@ def _add_download(group):
 
 
 def _add_clean(group):
-    rules = Rules()
+    default, none = Rules(), CLEANINGS["none"]
 
-    def drop_or_keep(option, text):
-        default = getattr(rules, option[2:].replace("-", "_"))
-        choices = ("drop", "keep")
-        text = f"{text} (default: %(default)s)"
-        group.add_argument(option, choices=choices, default=default, help=text)
+    def add(option, text, **how):
+        name = option[2:].replace("-", "_")
+        values = f"default: {getattr(default, name)}"
+        if getattr(none, name) != getattr(default, name):
+            values += f", or {getattr(none, name)} with --clean none"
+        group.add_argument(option, help=f"{text} ({values})", **how)
 
+    drop_or_keep = {"choices": ("drop", "keep")}
     group.add_argument(
+        "--clean",
+        choices=CLEANINGS,
+        help="default: by all rules below; none: drop only pairs with an empty side. The options "
+        "below change single rules (default: the benchmark's, which is none for the paper's; "
+        "default for text of your own and for --recipe)",
+    )
+    add(
         "--invalid-utf8",
+        "lines that are not UTF-8, in any split: stop and name the first, or drop them",
         choices=("error", "drop"),
-        default=rules.invalid_utf8,
-        help="lines that are not UTF-8, in any split: stop and name the first, or drop them "
-        "(default: %(default)s)",
     )
-    drop_or_keep("--empty", "pairs with an empty side")
-    drop_or_keep("--identical", "pairs of two equal sides")
-    group.add_argument(
+    add("--empty", "pairs with an empty side", **drop_or_keep)
+    add("--identical", "pairs of two equal sides", **drop_or_keep)
+    add(
         "--max-length",
+        "drop pairs with more characters on a side; 0: no limit",
         type=int,
-        default=rules.max_length,
         metavar="N",
-        help="drop pairs with more characters on a side; 0: no limit (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--max-length-ratio",
+        "drop pairs with a side more than R times as long as the other, in characters; 0: no limit",
         type=float,
-        default=rules.max_length_ratio,
         metavar="R",
-        help="drop pairs with a side more than R times as long as the other, in characters; 0: no "
-        "limit (default: %(default)s)",
     )
-    drop_or_keep(
+    add(
         "--held-out",
         "pairs with a side that is in the validation or test text of its language, in any pair, "
         "ignoring case, width and spaces",
+        **drop_or_keep,
     )
-    drop_or_keep("--duplicates", "all but the first of equal pairs")
+    add("--duplicates", "all but the first of equal pairs", **drop_or_keep)
 
 
 def _add_vocabulary(group):

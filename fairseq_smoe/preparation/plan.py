@@ -2,13 +2,13 @@
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.cleaning import Rules, rules_of
 from fairseq_smoe.benchmarks.training_command import vocab_size
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.preparation.clean import Rules
 
 MOST_PIECES = 1_000_000
 DEFAULT_SPLITS = {"train": "train", "valid": "valid", "test": "test"}
@@ -28,6 +28,7 @@ class Plan:
     data_address: str | None
     flores_address: str
     connections: int
+    cleaning: str
     rules: Rules
     vocab_size: int
     character_coverage: float
@@ -130,6 +131,7 @@ def make_plan(args):
         pairs = benchmark.pairs(args.with_train_only_pairs)
     splits = benchmark.splits if benchmark else DEFAULT_SPLITS
     _check_numbers(args)
+    cleaning, rules = _cleaning(args, benchmark)
     return Plan(
         target=Path(args.to).resolve(),
         benchmark=args.benchmark and benchmarks.reference(args.benchmark),
@@ -137,7 +139,8 @@ def make_plan(args):
         recipe=args.recipe and str(Path(args.recipe).absolute()),
         pairs=tuple(pairs),
         splits=parse_splits(args.splits) if args.splits else splits,
-        rules=Rules(**{field.name: getattr(args, field.name) for field in fields(Rules)}),
+        cleaning=cleaning,
+        rules=rules,
         vocab_size=args.vocab_size or (vocab_size(benchmark, args.scale) if benchmark else 32000),
         temperature=args.temperature or (benchmark.temperature if benchmark else 1),
         **{
@@ -149,6 +152,17 @@ def make_plan(args):
             )
         },
     )
+
+
+def _cleaning(args, benchmark):
+    """``(name, rules)`` of the cleaning; see :func:`~fairseq_smoe.benchmarks.cleaning.rules_of`."""
+    chosen = args.clean
+    if chosen is None:
+        # a recipe's corpora are not the text that the benchmark is about
+        chosen = benchmark.clean if benchmark and not args.recipe else "default"
+    cleaning, rules = rules_of(chosen)
+    single = {field.name: getattr(args, field.name) for field in fields(Rules)}
+    return cleaning, replace(rules, **{k: v for k, v in single.items() if v is not None})
 
 
 def _check_published(benchmark, pairs, args):

@@ -16,6 +16,9 @@ class Record:
         self.steps = {}
         if self.path.exists():
             self.steps = json.loads(self.path.read_text(encoding="utf-8"))
+        if "clean" in self.steps:  # earlier versions knew no other cleaning
+            options = self.steps["clean"]["options"]
+            self.steps["clean"]["options"] = {"cleaning": "default", **options}
 
     def is_complete(self, step):
         return self.steps.get(step, {}).get("complete", False)

@@ -1,21 +1,27 @@
 """The report on the data: ``report.json``, ``report.md`` and pictures."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.cleaning import in_words
 from fairseq_smoe.files import write_whole
+from fairseq_smoe.preparation import too_long
 from fairseq_smoe.preparation.clean import RULES
 from fairseq_smoe.preparation.vocabulary import language_shares
 
 
-def write_report(plan, cleaning, tokens):
+def write_report(plan, cleaning, tokens, long):
     """Write the report into ``plan.target``.
 
     Args:
-        cleaning: ``{pair: {split: {"kept" or rule: {"lines", "words"}}}}``
+        cleaning: ``{pair: {split: counts}}``; see
+            :func:`~fairseq_smoe.preparation.clean.clean_training_text`.
         tokens: ``{"SPLIT.PAIR.LANG": {"lines", "tokens", "unknown", "lengths"}}``
+        long: the sentences of :func:`~fairseq_smoe.preparation.too_long.find_too_long`.
     """
-    summary = summarise(plan, cleaning, tokens)
+    summary = summarise(plan, cleaning, tokens, long)
     write_whole(plan.target / "report.json", json.dumps(summary, indent=1) + "\n")
     pictures = ["report-sizes.png", "report-lengths.png"]
     try:
@@ -29,16 +35,19 @@ def write_report(plan, cleaning, tokens):
     write_whole(plan.target / "report.md", as_markdown(summary, pictures))
 
 
-def summarise(plan, cleaning, tokens):
+def summarise(plan, cleaning, tokens, long):
     """All numbers of the report in one dict, pairs by size."""
     pairs = {}
     for pair, splits in cleaning.items():
         train = splits["train"]
         pairs[pair] = {
-            "found": sum(count["lines"] for count in train.values()),
+            "found": sum(train[name]["lines"] for name in (*RULES, "kept")),
             "kept": train["kept"]["lines"],
             "words": train["kept"]["words"],
             "dropped": {rule: train[rule] for rule in RULES},
+            "kept_in_held_out": train["in_held_out"],
+            "repaired_lines": sum(counts["repaired"]["lines"] for counts in splits.values()),
+            "too_long": long["train"][pair],
             "held_out": {s: c["kept"]["lines"] for s, c in splits.items() if s != "train"},
             "held_out_not_utf8": sum(
                 counts["invalid_utf8"]["lines"] for s, counts in splits.items() if s != "train"
@@ -57,9 +66,15 @@ def summarise(plan, cleaning, tokens):
             "seed": plan.seed,
         },
         "temperature": plan.temperature,
-        "rules": vars(plan.rules),
+        "cleaning": in_words(plan.cleaning, asdict(plan.rules)),
+        "rules": asdict(plan.rules),
         "left_out": [pair for pair in plan.pairs if pair not in pairs],
         "train": _sum_over(pairs.values()),
+        "too_long": {
+            **long,
+            # names without folders: the same text gives the same report
+            "held_out": [{**e, "file": Path(e["file"]).name} for e in long["held_out"]],
+        },
         "pairs": dict(sorted(pairs.items(), key=lambda item: -item[1]["kept"])),
     }
 
@@ -80,14 +95,15 @@ def _sum_over(pairs):
         "kept": sum(facts["kept"] for facts in pairs),
         "words": sum(facts["words"] for facts in pairs),
         "tokens": sum(side["tokens"] for facts in pairs for side in facts["sides"].values()),
-        "dropped": {
-            rule: {
-                unit: sum(facts["dropped"][rule][unit] for facts in pairs)
-                for unit in ("lines", "words")
-            }
-            for rule in RULES
-        },
+        "kept_in_held_out": _sum_of(facts["kept_in_held_out"] for facts in pairs),
+        "repaired_lines": sum(facts["repaired_lines"] for facts in pairs),
+        "dropped": {rule: _sum_of(facts["dropped"][rule] for facts in pairs) for rule in RULES},
     }
+
+
+def _sum_of(counts):
+    counts = list(counts)
+    return {unit: sum(count[unit] for count in counts) for unit in ("lines", "words")}
 
 
 def as_markdown(summary, pictures):
@@ -101,8 +117,11 @@ def as_markdown(summary, pictures):
         f"lines drawn at temperature {summary['temperature']:g}, seed {vocabulary['seed']}.",
         "## Cleaning of the training text",
         _table(["dropped as", "pairs of lines", "share", "words"], _cleaning_rows(summary)),
-        _rules_in_words(summary["rules"]),
+        _rules_in_words(summary),
+        overlap_in_words(train["kept_in_held_out"]["lines"], train["kept"]) + ".",
+        *_repairs_in_words(train["repaired_lines"]),
         *_what_is_missing(summary),
+        *too_long.in_words(summary["too_long"]),
         "## Pairs",
         "Probability: of each of the two directions, when training samples at temperature "
         f"{summary['temperature']:g}. Unknown: share of tokens that are not in the vocabulary. Two "
@@ -117,10 +136,15 @@ def as_markdown(summary, pictures):
         *(f"![{name.removesuffix('.png').removeprefix('report-')}]({name})" for name in pictures),
         "## Lines dropped, by rule",
         _table(
-            ["pair", "found", "kept", *(rule.replace("_", " ") for rule in RULES)],
+            [
+                *("pair", "found", "kept"),
+                *(rule.replace("_", " ") for rule in RULES),
+                "kept though in held-out text",
+            ],
             [
                 [pair, facts["found"], facts["kept"]]
                 + [facts["dropped"][rule]["lines"] for rule in RULES]
+                + [facts["kept_in_held_out"]["lines"]]
                 for pair, facts in summary["pairs"].items()
             ],
         ),
@@ -136,9 +160,28 @@ def _cleaning_rows(summary):
     yield ["**kept**", train["kept"], f"{train['kept'] / train['found']:.2%}", train["words"]]
 
 
-def _rules_in_words(rules):
+def _rules_in_words(summary):
+    rules = summary["rules"]
     options = " ".join(f"`--{name.replace('_', '-')} {value}`" for name, value in rules.items())
-    return f"Rules: {options}. A pair that breaks several is counted under the first."
+    return (
+        f"Cleaning: {summary['cleaning']}. Rules: {options}. A pair that breaks several is counted "
+        "under the first."
+    )
+
+
+def overlap_in_words(lines, kept):
+    return (
+        f"{lines:,} of the {kept:,} pairs kept ({lines / kept:.2%}) have a side that is also in "
+        "the validation or test text of its language, in any pair, ignoring case, width and spaces"
+    )
+
+
+def _repairs_in_words(lines):
+    if lines:
+        yield (
+            f"{lines:,} lines of all splits had control characters or line separators, which are "
+            "now spaces, or a byte order mark, which is gone."
+        )
 
 
 def _what_is_missing(summary):

@@ -6,18 +6,20 @@ file, which later steps read: text that goes missing in between is an error.
 """
 
 import json
+from dataclasses import asdict
 
 import sentencepiece as spm
 from tqdm import tqdm
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.cleaning import in_words
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
-from fairseq_smoe.preparation import binary, sources
-from fairseq_smoe.preparation.clean import clean_pair, write_held_out
+from fairseq_smoe.preparation import binary, sources, too_long
+from fairseq_smoe.preparation.clean import clean_pair, is_current, write_held_out
 from fairseq_smoe.preparation.parallel_text import check_source, collect
 from fairseq_smoe.preparation.pool import in_child, in_parallel
-from fairseq_smoe.preparation.report import write_report
+from fairseq_smoe.preparation.report import overlap_in_words, write_report
 from fairseq_smoe.preparation.verify import state_of, verify_pair
 from fairseq_smoe.preparation.vocabulary import (
     FAIRSEQ_SPECIALS,
@@ -128,6 +130,10 @@ def verify(plan):
 
 def clean(plan):
     """Drop pairs by the rules. Summary: ``{pair: {split: counts}}``."""
+    hint = ""
+    if plan.benchmark and plan.cleaning == "none":
+        hint = ", as the published text is kept; --clean default cleans text of your own"
+    print(f"clean: rules {in_words(plan.cleaning, asdict(plan.rules))}{hint}", flush=True)
     folder = plan.clean
     folder.mkdir(exist_ok=True)
     found, verified = _summary(plan, "fetch"), _summary(plan, "verify")
@@ -148,6 +154,11 @@ def clean(plan):
     jobs = [(pair, plan.raw, folder, found[pair], plan.rules) for pair in largest_first]
     counts = in_parallel(clean_pair, jobs, plan.workers, "clean", "pair")
     _write_summary(plan, "clean", dict(zip(largest_first, counts)))
+    kept, overlap = (
+        sum(splits["train"][name]["lines"] for splits in counts) for name in ("kept", "in_held_out")
+    )
+    if overlap:
+        print(f"clean: {overlap_in_words(overlap, kept)}; --held-out drop leaves them out")
 
 
 def sentencepiece(plan):
@@ -217,8 +228,15 @@ def binarise(plan):
 
 
 def report(plan):
-    """Describe the data in ``report.md``, ``report.json`` and pictures."""
-    write_report(plan, _summary(plan, "clean"), _summary(plan, "binarise"))
+    """Describe the data in ``report.md``, ``report.json`` and pictures; warn of sentences that
+    are too long for a model."""
+    cleaned = _summary(plan, "clean")
+    if not all(map(is_current, cleaned.values())):
+        path = plan.summary("clean")
+        raise OptionError(f"{path}: is of an earlier version; give --redo clean")
+    long = too_long.find_too_long(plan, cleaned)
+    too_long.warn(long)
+    write_report(plan, cleaned, _summary(plan, "binarise"), long)
 
 
 def _summary(plan, step):

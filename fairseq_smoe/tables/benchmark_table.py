@@ -141,6 +141,7 @@ def _caption(benchmark, evaluations, scale, subset, metric):
     caption = [
         f"Scores on {subset} after {conditions.updates_text(evaluations)} at scale {scale}"
         f"{f' ({settings})' if settings else ''}. Signature: {first.signature(metric)}.",
+        conditions.cleaning_text(evaluations, benchmark),
     ]
     if not benchmark.table:
         return caption

@@ -8,7 +8,15 @@ from fairseq_smoe.benchmarks import benchmark as benchmarks
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.scoring import METRICS
 from fairseq_smoe.files import write_whole
-from fairseq_smoe.tables import benchmark_table, latex, markdown, paper_table, run_table, tidy
+from fairseq_smoe.tables import (
+    benchmark_table,
+    conditions,
+    latex,
+    markdown,
+    paper_table,
+    run_table,
+    tidy,
+)
 from fairseq_smoe.tables.evaluations import find_evaluations, read_evaluation
 from fairseq_smoe.tables.paired_tests import PairedTests
 
@@ -79,7 +87,7 @@ def _benchmark(benchmark, args):
         for run in not_evaluated
     ]
     facts = {"benchmark": benchmark.name, "scale": args.scale, "subset": args.subset}
-    return lines, layout, {**facts, "metric": metric}
+    return lines, layout, {**facts, "metric": metric, "cleaning": conditions.cleanings(evaluations)}
 
 
 def _baseline_row(benchmark, name):
@@ -99,7 +107,8 @@ def _runs(args):
     with _Tests(args, metric, evaluations if args.baseline else []) as tests:
         lines = run_table.collect_lines(evaluations, metric, args.baseline, tests)
     layout = run_table.lay_out(lines, evaluations, args.subset, metric, args.baseline, tests)
-    return lines, layout, {"subset": args.subset, "metric": metric}
+    facts = {"subset": args.subset, "metric": metric}
+    return lines, layout, {**facts, "cleaning": conditions.cleanings(evaluations)}
 
 
 def _check_metric(evaluations, metric):

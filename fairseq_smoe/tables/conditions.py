@@ -1,18 +1,22 @@
 """Checks that the runs of a table are comparable."""
 
 import json
+from dataclasses import asdict
+
+from fairseq_smoe.benchmarks.cleaning import in_words, rules_of
 
 
 def differences(evaluations, metric):
     """One sentence for each condition in which the evaluations differ.
 
-    Conditions are the updates of the checkpoint, the batch, the data folder, the settings of the
-    search, the number of sentences, and the metric's signature.
+    Conditions are the updates of the checkpoint, the batch, the data folder and its cleaning, the
+    settings of the search, the number of sentences, and the metric's signature.
     """
     conditions = {
         "updates": lambda e: e.scores.get("num_updates"),
         "target tokens per update": lambda e: e.facts.get("batch_tokens"),
         "data": lambda e: e.facts.get("data"),
+        "cleaning of the training text": lambda e: e.cleaning,
         "settings": lambda e: e.scores.get("settings"),
         "signature": lambda e: e.signature(metric),
         "directions": lambda e: ", ".join(sorted(e.directions)),
@@ -42,6 +46,23 @@ def updates_text(evaluations):
         return "an unknown number of updates"
     low, high = min(numbers), max(numbers)
     return f"{high:,} updates" if low == high else f"{low:,} to {high:,} updates"
+
+
+def cleanings(evaluations):
+    """The cleaning of all runs' training text; several are joined."""
+    return "; ".join(sorted({e.cleaning for e in evaluations}))
+
+
+def cleaning_text(evaluations, benchmark=None):
+    """``"Cleaning of the training text: none."``, and the benchmark's if it is another."""
+    ours = cleanings(evaluations)
+    text = f"Cleaning of the training text: {ours}"
+    if benchmark:
+        name, rules = rules_of(benchmark.clean)
+        defined = in_words(name, asdict(rules))
+        if defined != ours:
+            text += f" ({benchmark.title} defines: {defined})"
+    return f"{text}."
 
 
 def settings_text(evaluation):

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fairseq_smoe.benchmarks.benchmark import NAMES
+from fairseq_smoe.benchmarks.cleaning import NOT_RECORDED
 from fairseq_smoe.benchmarks.runs import RUN_FILE, read_run
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.scoring import SCORES_FILE
@@ -40,6 +41,11 @@ class Evaluation:
     @property
     def directions(self):
         return self.scores["directions"]
+
+    @property
+    def cleaning(self):
+        """What was dropped from the training text."""
+        return self.facts.get("cleaning") or self.scores.get("cleaning") or NOT_RECORDED
 
     def score(self, direction, metric):
         """A corpus score, or None where this direction was not translated.

@@ -108,7 +108,8 @@ def lay_out(lines, evaluations, subset, metric, baseline, tests):
         f"{metric} on {subset}",
         [
             f"After {conditions.updates_text(evaluations)}{f' ({settings})' if settings else ''}. "
-            f"Signature: {evaluations[0].signature(metric)}."
+            f"Signature: {evaluations[0].signature(metric)}.",
+            conditions.cleaning_text(evaluations),
         ],
         ["run"],
         [

@@ -7,7 +7,8 @@ from fairseq_smoe.tables.cells import DIGITS
 from fairseq_smoe.tables.significance import SIGNIFICANT
 
 FIELDS = (
-    "benchmark scale subset metric row seed column ours paper difference p_value significant"
+    "benchmark scale subset metric cleaning row seed column ours paper difference p_value "
+    "significant"
 ).split()
 
 
@@ -19,7 +20,7 @@ def render(lines, facts):
 
     Args:
         lines: list of :class:`~fairseq_smoe.tables.cells.Line`.
-        facts: benchmark, scale, subset and metric.
+        facts: benchmark, scale, subset, metric, and cleaning of the training text.
     """
     out = io.StringIO()
     writer = csv.DictWriter(out, FIELDS, restval="", lineterminator="\n")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
+from fairseq_smoe.benchmarks.cleaning import recorded_cleaning
 from fairseq_smoe.benchmarks.runs import RUN_FILE, read_run, run_folder
 from fairseq_smoe.benchmarks.training_command import (
     batch_tokens,
@@ -96,6 +97,7 @@ def plan_training(args):
         "seed": args.seed,
         "batch_tokens": tokens,
         "data": str(data),
+        "cleaning": recorded_cleaning(data),
         "command": command,
     }
     _check_same_run(folder, facts)

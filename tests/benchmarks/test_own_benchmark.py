@@ -76,6 +76,12 @@ def test_rows_may_have_names_in_any_script(write):
         ({"rows": [{"name": "A", "options": "'"}]}, "row A: options ': No closing"),
         ({"columns": ["en-xxx_hihg", "avg"]}, "columns: en-xxx_hihg is no direction"),
         ({"columns": ["en-de", "avg"]}, "columns: en-de is no direction"),
+        ({"training": {"--max-source-positions": ["x", ""]}}, "training --max-source-positions x:"),
+        ({"clean": "nothing"}, "clean nothing: expected none or default, or"),
+        ({"clean": ["none"]}, r"clean \['none'\]: expected none or default"),
+        ({"clean": {"duplicate": "keep"}}, "clean: duplicate is none of .*duplicates"),
+        ({"clean": {"duplicates": "no"}}, "clean duplicates no: expected drop or keep"),
+        ({"clean": {"max_length": -1}}, "clean max_length -1: expected a number from 0"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_done(fields, message, write):

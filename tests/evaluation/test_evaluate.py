@@ -209,6 +209,7 @@ def test_scores_of_a_row(benchmark_run, capsys):
     assert (scores["scale"], scores["seed"], scores["num_updates"]) == ("tiny", 42, 400)
     assert scores["name"] == "smoe-2-2-2-2-seed42"
     assert scores["model"]["parameters"] > 0 and scores["model"]["flops_per_token"] > 0
+    assert scores["cleaning"] == "not recorded"  # the data is fairseq-preprocess's
     assert set(scores["directions"]) == set(DIRECTIONS)
     for direction, facts in scores["directions"].items():
         assert facts["piece-bleu"] > 80

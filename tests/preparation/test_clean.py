@@ -1,5 +1,6 @@
 """The cleaning rules, against a plain reference that reads everything at once."""
 
+import re
 import unicodedata
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq_smoe.benchmarks.cleaning import CLEANINGS, Rules
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import clean
-from fairseq_smoe.preparation.clean import Rules, clean_pair, write_held_out
+from fairseq_smoe.preparation.clean import clean_pair, write_held_out
 
 # few words, so that examples hold equal sides, duplicates and held-out sentences
-LINES = st.lists(st.sampled_from(["a", "A  b", "ab", "c" * 30, "", "ａ", "d e", "ee"]), max_size=25)
+WORDS = ["a", "A  b", "ab", "c" * 30, "", "ａ", "d e", "ee", "a\x00b", "\ufeffa", "a\u2028", "\r"]
+LINES = st.lists(st.sampled_from(WORDS), max_size=25)
 
 
 def write(folder, name, lines):
@@ -41,10 +44,14 @@ def reference(train, held_out, rules):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         return " ".join(folded.split())
 
-    known = [{key(line) for line in lines} - {""} for lines in held_out]
+    def in_held_out(pair):
+        return any(key(text) in lines for text, lines in zip(pair, known))
+
+    known = [{key(tidied(line)) for line in lines} - {""} for lines in held_out]
     kept, counts = [], dict.fromkeys((*clean.RULES, "kept"), 0)
+    counts["repaired"] = sum(tidied(text) != text.strip() for pair in train for text in pair)
     for pair in train:
-        pair = tuple(text.strip() for text in pair)
+        pair = tuple(tidied(text) for text in pair)
         shorter, longer = sorted(map(len, pair))
         if rules.empty == "drop" and "" in pair:
             verdict = "empty"
@@ -54,7 +61,7 @@ def reference(train, held_out, rules):
             verdict = "too_long"
         elif rules.max_length_ratio and longer > rules.max_length_ratio * max(shorter, 1):
             verdict = "length_ratio"
-        elif rules.held_out == "drop" and any(key(t) in k for t, k in zip(pair, known)):
+        elif rules.held_out == "drop" and in_held_out(pair):
             verdict = "held_out"
         elif rules.duplicates == "drop" and pair in kept:
             verdict = "duplicate"
@@ -62,7 +69,12 @@ def reference(train, held_out, rules):
             verdict = "kept"
             kept.append(pair)
         counts[verdict] += 1
+    counts["in_held_out"] = sum(map(in_held_out, kept))
     return kept, counts
+
+
+def tidied(text):
+    return text.removeprefix("\ufeff").replace("\x00", " ").strip()
 
 
 @given(
@@ -89,6 +101,32 @@ def test_rules_agree_with_a_plain_reference(tmp_path_factory, columns, rules, bl
         assert clean_texts(folder, train, held_out, rules) == expected
 
 
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=12)
+
+
+@given(
+    st.lists(st.tuples(TEXT | st.sampled_from(WORDS), TEXT | st.sampled_from(WORDS)), max_size=30),
+    LINES,
+    LINES,
+)
+@settings(max_examples=150, deadline=None)
+def test_uncleaned_text_comes_out_line_for_line(tmp_path_factory, train, first, second):
+    """But for white space at the ends, separators inside a line, and pairs with an empty side."""
+    expected = []
+    for pair in train:
+        sides = [text.removeprefix("\ufeff") for text in pair]
+        for character in [*map(chr, range(32)), "\x7f", "\x85", "\u2028", "\u2029"]:
+            sides = [text.replace(character, "\n") for text in sides]
+        sides = tuple(re.sub("\n+", " ", text).strip() for text in sides)
+        expected += [sides] if all(sides) else []
+    folder = tmp_path_factory.mktemp("clean")
+    kept, counts = clean_texts(folder, train, (first, second), CLEANINGS["none"])
+    assert kept == expected
+    assert counts["kept"] + counts["empty"] == len(train)
+    _, reference_counts = reference(expected, (first, second), CLEANINGS["none"])
+    assert counts["in_held_out"] == reference_counts["in_held_out"]
+
+
 def test_every_rule_has_a_count(tmp_path):
     train = [
         (b"caf\xe9", "not UTF-8"),
@@ -104,7 +142,7 @@ def test_every_rule_has_a_count(tmp_path):
     train[3] = ("long", "x" * 16)
     kept, counts = clean_texts(tmp_path, train, (["Known sentence"], []), rules)
     assert kept == [("new", "neu")]
-    assert counts == dict.fromkeys((*clean.RULES, "kept"), 1)
+    assert counts == {**dict.fromkeys((*clean.RULES, "kept"), 1), "in_held_out": 0, "repaired": 0}
 
 
 def test_control_characters_do_not_split_sentences(tmp_path):

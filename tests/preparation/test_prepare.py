@@ -1,6 +1,5 @@
 """``python -m fairseq_smoe prepare``, a new user's first command, on a few hundred lines."""
 
-import argparse
 import json
 import os
 import random
@@ -11,47 +10,20 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import sentencepiece as spm
 import toy_task
 from fairseq.data import Dictionary, indexed_dataset
-from prepared_folder import contents
+from prepared_folder import contents, run, words, write_text
 
-from fairseq_smoe.commands import prepare
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import only_process_in, whole_file
 from fairseq_smoe.preparation.options import STEPS
 
 
-def write_text(folder, train_lines=300, pair="en-de"):
-    """Parallel text of ``pair`` in files named ``SPLIT.PAIR.LANG``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for split, size in (("train", train_lines), ("valid", 20), ("test", 20)):
-        numbers = rng.integers(0, 50, (size, 4))
-        for lang, word in zip(pair.split("-"), ("word", "Wort")):
-            lines = [" ".join(f"{word}{n}" for n in line) for line in numbers]
-            (folder / f"{split}.{pair}.{lang}").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 @pytest.fixture
 def text(tmp_path):
     return write_text(tmp_path / "text")
-
-
-def words(text, target, **options):
-    """The command line; a space in an option's value separates several values."""
-    options = {"pairs": "en-de", "vocab-size": "50", "workers": "1", **options}
-    more = [w for name, value in options.items() for w in (f"--{name}", *value.split())]
-    return ["--from", str(text), "--to", str(target), *more]
-
-
-def run(text, target, **options):
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    prepare.run(parser.parse_args(words(text, target, **options)))
 
 
 def read_sentences(target, split, lang):

@@ -81,6 +81,9 @@ def check_table(project):
     (markdown,) = folder.glob("*.md")
     text = markdown.read_text(encoding="utf-8")
     assert "tiny" in text  # the scale is stated
+    cleaning = "default with --held-out keep --duplicates keep"
+    assert f"Cleaning of the training text: {cleaning} (" in text
+    assert {cell["cleaning"] for cell in cells.values() if cell["ours"]} == {cleaning}
     assert "MoE+EOM" in text  # rows not run are shown
 
 

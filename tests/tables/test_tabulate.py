@@ -303,6 +303,9 @@ def test_caption_says_what_the_numbers_are(table):
     assert "langtok:yes" in text
     assert "are no reproduction of the paper's" in text
     assert "Warning" not in text
+    cleaning = "Cleaning of the training text: not recorded (M4 defines: none)."
+    assert cleaning in text and cleaning in table[3]
+    assert {line["cleaning"] for line in table[1]} == {"not recorded"}
 
 
 def test_lines_are_not_too_wide_for_a_terminal(table):
@@ -340,17 +343,22 @@ def test_two_runs_of_a_row_and_seed_are_an_error(tmp_path):
 
 
 def test_runs_that_differ_in_conditions_are_pointed_out(tmp_path):
-    make_run(tmp_path, "Vanilla MoE", 0.3, data="/data/a", batch_tokens=1000)
-    make_run(tmp_path, "Dense", 0.3, num_updates=90, data="/data/b", batch_tokens=2000)
-    make_run(tmp_path, "SMoE-4-4", 0.3, directions=M4[:5], data="/data/a", batch_tokens=1000)
+    first = {"data": "/data/a", "batch_tokens": 1000, "cleaning": "none"}
+    second = {"data": "/data/b", "batch_tokens": 2000, "cleaning": "default"}
+    make_run(tmp_path, "Vanilla MoE", 0.3, **first)
+    make_run(tmp_path, "Dense", 0.3, num_updates=90, **second)
+    make_run(tmp_path, "SMoE-4-4", 0.3, directions=M4[:5], **first)
     outcome = tabulate("m4", "--runs", tmp_path, "--scale", "small")
     warnings = [line for line in outcome.stdout.splitlines() if "**Warning:**" in line]
     assert [re.search("differ in ([a-z ]+):", line)[1] for line in warnings] == [
         "updates",
         "target tokens per update",
         "data",
+        "cleaning of the training text",
         "directions",
     ]
+    assert "text: default (dense-seed42); none (the others)" in warnings[3]
+    assert "Cleaning of the training text: default; none (M4 defines: none)." in outcome.stdout
     assert "updates: 90 (dense-seed42); 70 (the others)" in warnings[0]
     assert "after 70 to 90 updates" in outcome.stdout
     cells = read_markdown(outcome.stdout)
@@ -419,6 +427,7 @@ def test_own_runs_have_directions_means_and_requested_capacity(own_runs, tmp_pat
     assert {c: plain(cells[c]) for c in expected} == {c: f"{n:.2f}" for c, n in expected.items()}
     assert (cells["RC encoder"], cells["RC decoder"]) == ("1.50", "1.25")
     assert "Paper" not in outcome.stdout and "▲" not in outcome.stdout
+    assert "Cleaning of the training text: not recorded." in outcome.stdout
     lines = read_csv(tmp_path / "table.csv")
     assert {line["row"] for line in lines} == {"first", "second"}
     assert {line["column"] for line in lines} >= {"Out of English: mean", "en-nl"}
