@@ -11,7 +11,7 @@ from fairseq import utils
 from fairseq_smoe.evaluation.folder import say
 from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
-from fairseq_smoe.translation.shortened import ShortenedDataset, describe_shortened, first_few
+from fairseq_smoe.translation.shortened import ShortenedDataset, describe_long, first_few
 from fairseq_smoe.translation.task import SMoETranslationTask
 
 
@@ -127,8 +127,8 @@ class Translator:
         sizes = dataset.sizes[:, 0].tolist()
         cut = dataset.shortened()
         if len(cut):
-            where = f"{subset} {direction}, lines {first_few(cut + 1)}"
-            say(f"warning: {describe_shortened(where, longest)}")
+            where = f"{subset} {direction}, line {first_few(cut + 1)}"
+            say(f"warning: {describe_long(where, longest)}")
         generator = task.build_generator([self.model], Namespace(**asdict(self.settings)))
         ignored = generator.symbols_to_strip_from_output
         hypotheses = [None] * len(dataset)

@@ -2,8 +2,6 @@
 
 from functools import wraps
 
-import numpy as np
-
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.shortened import ShortenedDataset
 
@@ -12,9 +10,9 @@ def fit_batches(task, check, skip=False, with_targets=False):
     """Let a task cut overlong sentences instead of ending at the first of them.
 
     Args:
-        check: called with every :class:`ShortenedDataset` and the number of tokens that a source
-            may have.
-        skip: leave out overlong sentences, with fairseq's warning.
+        check: called with every :class:`ShortenedDataset`, and the numbers of tokens that the model
+            takes of source and target.
+        skip: leave out overlong sentences, as fairseq does if asked to.
         with_targets: the model also gets the targets, which are cut as well.
     """
     stock = task.get_batch_iterator
@@ -23,18 +21,16 @@ def fit_batches(task, check, skip=False, with_targets=False):
     def get_batch_iterator(
         dataset, max_tokens=None, max_positions=None, ignore_invalid_inputs=False, **options
     ):
-        longest, longest_target = max_positions
+        longest, longest_target = limits = max_positions
         fitting = ShortenedDataset(dataset, longest, longest_target if with_targets else None)
-        if skip:
-            if (np.asarray(fitting.original_sizes) > max_positions).any(1).all():
-                raise OptionError(
-                    "--skip-invalid-size-inputs-valid-test: every sentence has more than the "
-                    f"{longest} tokens that the model takes; leave it out to translate their "
-                    "beginnings"
-                )
-        else:
-            check(fitting, longest)
+        check(fitting, limits)
+        if not skip:
             max_positions = None
+        elif (fitting.original_sizes > limits).any(axis=1).all():
+            raise OptionError(
+                "--skip-invalid-size-inputs-valid-test: every sentence is too long; leave the "
+                "option out to translate their beginnings"
+            )
         if max_tokens is not None and len(fitting):
             # a batch of one sentence is always possible
             max_tokens = max(max_tokens, int(fitting.num_tokens_vec(slice(None)).max()))

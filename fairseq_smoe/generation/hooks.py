@@ -19,5 +19,7 @@ def apply():
     program = sys.modules["__main__"]
     for name, change in CHANGES.items():
         when_imported(name, change)
-        if getattr(program.__spec__, "name", None) == name:  # python -m fairseq_cli.interactive
+        if (
+            getattr(getattr(program, "__spec__", None), "name", None) == name
+        ):  # python -m fairseq_cli.interactive
             change(program)

@@ -12,7 +12,7 @@ from fairseq_smoe.generation.shown import show_words_alone
 from fairseq_smoe.generation.text_lines import TextLines
 from fairseq_smoe.generation.warn import warn
 from fairseq_smoe.patching import Overlay, replaced
-from fairseq_smoe.translation.shortened import describe_shortened
+from fairseq_smoe.translation.shortened import describe_long
 
 
 def change_interactive(module):
@@ -21,9 +21,9 @@ def change_interactive(module):
 
     @wraps(stock)
     def main(cfg):
-        cfg = structured(cfg)
         if not is_ours(cfg):
             return stock(cfg)
+        cfg = structured(cfg)
         use_utf8()
         text = Input(cfg)
 
@@ -55,16 +55,16 @@ class Input:
         self._lines = TextLines(path)
         return self._lines.buffers(buffer_size)
 
-    def check(self, task, dataset, longest):
+    def check(self, task, dataset, limits):
         """Warn of lines that are cut, and of text that is not in pieces.
 
         Args:
-            dataset: :class:`ShortenedDataset` of the last lines that were read.
-            longest: tokens of a source at most.
+            dataset: a ``ShortenedDataset`` of the last lines that were read.
+            limits: tokens of source and target at most.
         """
         for i in dataset.shortened():
             where = f"{self._lines.name}, line {self._lines.given + i + 1}"
-            warn(describe_shortened(where, longest))
+            warn(describe_long(where, limits[0]))
         if not self._explained:
             self._explain_unknown(task, dataset)
 
@@ -77,8 +77,8 @@ class Input:
         if 2 * self._unknown > self._words:
             self._explained = True
             warn(
-                f"{self._lines.name}: {self._unknown} of {self._words} tokens are not in the "
-                f"vocabulary; {self._remedy()}"
+                f"{self._lines.name}: {self._unknown} of {self._words} tokens so far are not in "
+                f"the vocabulary; {self._remedy()}"
             )
 
     def _remedy(self):

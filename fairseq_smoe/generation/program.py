@@ -13,7 +13,8 @@ def structured(cfg):
 
 def is_ours(cfg):
     """Whether the command runs this project's task."""
-    return getattr(cfg.task, "_name", None) == "smoe_translation"
+    name = cfg.task if isinstance(cfg.task, str) else getattr(cfg.task, "_name", None)
+    return name == "smoe_translation"
 
 
 def use_utf8():

@@ -13,7 +13,7 @@ class LanguageTokens:
         target: index of the token that every translation starts with; None if there is none, or if
             it takes the place of the beginning of the sentence.
         replacing: whether the tokens take the place of beginning and end.
-        known: indices of the tokens of all target languages.
+        all_targets: indices of the tokens of all target languages.
     """
 
     def __init__(self, args, langs, data_manager):
@@ -22,14 +22,11 @@ class LanguageTokens:
         self.replacing = args.lang_tok_replacing_bos_eos
         self.source = data_manager.get_encoder_langtok(*languages, source)
         self.target = None
-        self.known = set()
-        if target:
-            if not self.replacing:
-                self.target = data_manager.get_decoder_langtok(args.target_lang, target)
-            dictionary = data_manager.get_target_dictionary(args.target_lang)
-            style = args.lang_tok_style
-            names = [get_lang_tok(lang, style, target) for lang in langs]
-            self.known = {dictionary.index(name) for name in names} - {dictionary.unk()}
+        if target and not self.replacing:
+            self.target = data_manager.get_decoder_langtok(args.target_lang, target)
+        dictionary = data_manager.get_target_dictionary(args.target_lang)
+        names = [get_lang_tok(lang, args.lang_tok_style, target or "tgt") for lang in langs]
+        self.all_targets = {dictionary.index(name) for name in names} - {dictionary.unk()}
 
     @property
     def in_source(self):
@@ -50,10 +47,16 @@ class LanguageTokens:
         return token if prefix_tokens is None else torch.cat([token, prefix_tokens], 1)
 
     def prepare(self, generator):
-        """Let a generator count and print the words only."""
-        generator.symbols_to_strip_from_output = generator.symbols_to_strip_from_output | self.known
-        if self.target is not None and hasattr(generator, "max_len_b"):  # a scorer has no limits
-            count_words(generator)
+        """Let a generator count, align and print the words only."""
+        if self.target is not None:
+            generator.symbols_to_strip_from_output.add(self.target)
+        if hasattr(generator, "max_len_b"):  # a scorer of references does not search
+            # in the middle of a sentence, they are no words
+            generator.token_indices_to_suppress = torch.tensor(
+                sorted(self.all_targets), dtype=torch.long
+            )
+            if self.target is not None:
+                count_words(generator)
         if extract := getattr(generator, "extract_alignment", None):
             hidden = self.source, self.target
 

@@ -12,7 +12,7 @@ def shorten(tokens, longest):
     return torch.cat([tokens[: longest - 1], tokens[-1:]])
 
 
-def describe_shortened(where, longest):
+def describe_long(where, longest, consequence="the end is not translated", side="source"):
     """A warning's text.
 
     Args:
@@ -21,7 +21,7 @@ def describe_shortened(where, longest):
     """
     return (
         f"{where}: more than the {longest} tokens that the model takes "
-        "(--max-source-positions in training); the end is not translated"
+        f"(--max-{side}-positions in training); {consequence}"
     )
 
 
