@@ -139,11 +139,11 @@ def test_lines_that_are_too_long_are_shortened_and_named(translate, tmp_path, ca
 
 
 def test_another_task_is_left_alone(translate, tmp_path, capsys):
-    """Its language token is printed, its empty line translated, as in fairseq without the plugin."""
+    """Its language token is printed, its empty line translated, as without the plugin."""
     options = {"task": "translation_multi_simple_epoch", "langs": ",".join(toy_task.LANGS)}
     options |= {"lang_pairs": "en-aa", "encoder_langtok": "tgt", "decoder_langtok": True}
     words, empty = groups_of(translate(b"en1\n\n", tmp_path, capsys, **options).out)
-    assert words["S"] == ["__aa__ en1"] and empty["S"] == ["__aa__ "]
+    assert words["S"] == ["__aa__ en1"] and empty["S"] == ["__aa__"]
     assert len(words["P"][0].split()) == len(hypotheses(words)[0][1].split()) + 2
 
 
