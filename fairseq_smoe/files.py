@@ -85,10 +85,12 @@ def read_lines(path, remedy):
         OptionError: it is missing, or no UTF-8 text.
     """
     try:
-        with open(path, encoding="utf-8", newline="\n") as handle:
-            lines = handle.read().split("\n")
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")
     except FileNotFoundError:
         raise OptionError(f"{path}: no such file; {remedy}") from None
     except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: is no UTF-8 text ({error.reason}); {remedy}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise OptionError(
+            f"{path}, line {line}: is no UTF-8 text ({error.reason}); {remedy}"
+        ) from None
     return lines[:-1] if lines[-1] == "" else lines

@@ -60,7 +60,7 @@ def read_recipe(path):
     if not path.is_file():
         raise OptionError(f"--recipe {path}: no such file")
     recipe = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
