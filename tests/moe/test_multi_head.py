@@ -1,4 +1,4 @@
-"""MH-MoE: against its equations, its invariants, one head, ranks, and what it goes together with."""
+"""MH-MoE: its equations and invariants, one head, ranks, and what it goes together with."""
 
 from argparse import Namespace
 
@@ -46,7 +46,7 @@ def gradients(loss, tensors):
 
 
 def choose_top(block, k, scores):
-    """``choose`` of the paper's gate, for ``systems_reference.run``; keeps what gates have scored."""
+    """``choose`` of the paper's gate, for ``systems_reference.run``; appends to ``scores``."""
 
     def choose(gate, h):
         first = sum(block.strata[:gate])
@@ -286,7 +286,7 @@ def test_refusals(changes, message):
 
 
 def test_heads_that_do_not_divide_the_dim():
-    with pytest.raises(OptionError, match="--moe-heads 3: does not divide the model dim, 8"):
+    with pytest.raises(OptionError, match="--moe-heads 3: does not divide the model dim 8"):
         build(moe_heads=3)
 
 
