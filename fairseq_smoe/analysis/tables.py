@@ -35,9 +35,9 @@ def routing_rows(direction, blocks):
     choices in its block, ``visit_share`` the share of the tokens that visited the stratum's gate.
     In the row of stratum k, ``exits`` are the tokens that left the block after k passes, from any
     stratum. ``experts_per_token`` is the mean number of experts that a token visits in the block,
-    ``experts_per_visit`` the mean number that it visits at one gate. If tokens are split into heads,
-    ``tokens``, ``requested_capacity`` and ``experts_per_token`` are those of tokens, and the counts
-    in the other tables those of heads.
+    ``experts_per_visit`` the mean number that it visits at one gate. If tokens are split into
+    heads, ``tokens``, ``requested_capacity`` and ``experts_per_token`` are those of tokens, and the
+    counts in the other tables those of heads.
 
     Args:
         direction: such as ``"en-de"``.

@@ -286,7 +286,7 @@ def test_refusals(changes, message):
 
 
 def test_heads_that_do_not_divide_the_dim():
-    with pytest.raises(OptionError, match="--moe-heads 3: does not divide the model dim 8"):
+    with pytest.raises(OptionError, match="--moe-heads 3: expected a divisor of the model dim, 8"):
         build(moe_heads=3)
 
 

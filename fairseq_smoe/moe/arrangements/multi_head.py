@@ -68,7 +68,7 @@ class MultiHead(Arrangement):
             return make_block(embed_dim, ffn_dim)
         if embed_dim % heads:
             raise OptionError(
-                f"--moe-heads {heads}: does not divide the model dim {embed_dim}; expected a divisor"
+                f"--moe-heads {heads}: expected a divisor of the model dim, {embed_dim}"
             )
         block = make_block(embed_dim // heads, ffn_dim)
         return MultiHeadBlock(block, embed_dim, heads, options.moe_head_residual)
