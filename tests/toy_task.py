@@ -37,6 +37,8 @@ MODELS = {
     ],
     "stacking": ["--smoe-strata", "4-4", "--smoe-stacking"],
     "smoe": ["--smoe-strata", "2-2-2-2"],
+    # systems beside the paper's
+    "multi-head": ["--smoe-strata", "4-4", "--moe-heads", "4", "--moe-ffn-dim", "256"],
 }
 
 

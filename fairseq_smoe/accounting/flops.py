@@ -1,6 +1,7 @@
 """Parameters and forward FLOPs per token of every row of the paper's tables, from real models."""
 
 import argparse
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -50,7 +51,8 @@ def flops_per_token(model, options):
     """Forward FLOPs per token as in Kaplan et al. 2020, under uniform gates.
 
     Two FLOPs per weight that a token is multiplied with (the embedding matrix counts once, as
-    output projection), and 2 * d per position of the context in every attention sublayer.
+    output projection), and 2 * d per position of the context in every attention sublayer. If a
+    block splits tokens into heads, every head is multiplied with the weights inside it.
 
     Args:
         model: an ``SMoETransformer``, also on the meta device.
@@ -61,10 +63,15 @@ def flops_per_token(model, options):
     shared = count_parameters(model)
     visited = 0
     for _, layer in expert_layers(model):
+        heads = 1
+        for outer, inner in pairwise(layer.nested_blocks):
+            parts = getattr(outer, "heads", 1)
+            shared += heads * (parts - 1) * count_parameters(inner)
+            heads *= parts
         block = layer.routed_block
-        shared -= count_parameters(block.experts)
+        shared -= heads * count_parameters(block.experts)
         passes = zip(block.expected_visits(), block.visible, block.expected_choices())
-        visited += sum(
+        visited += heads * sum(
             visits * block.experts.params_used(seen, choices) for visits, seen, choices in passes
         )
     attention_sublayers = options.encoder_layers + 2 * options.decoder_layers

@@ -26,6 +26,7 @@ class Block:
         visits: tokens at each gate per token that enters the block, under uniform gates.
         choices: rows of a token at each gate, under uniform gates.
         expert_params: parameters of all experts.
+        heads: number of parts of a token of the layer that are tokens here, of D numbers each.
     """
 
     embed_dim: int
@@ -35,9 +36,10 @@ class Block:
     visits: tuple
     choices: tuple
     expert_params: int
+    heads: int = 1
 
     @classmethod
-    def of(cls, block):
+    def of(cls, block, heads=1):
         """Of a :class:`~fairseq_smoe.moe.block.SMoEBlock`."""
         experts = block.experts
         return cls(
@@ -48,11 +50,13 @@ class Block:
             tuple(block.expected_visits()),
             tuple(block.expected_choices()),
             experts.num_parameters(),
+            heads,
         )
 
     def expected_visits(self, tokens):
-        """Tokens at each gate, if ``tokens`` enter the block, under uniform gates."""
-        return [tokens * visits for visits in self.visits]
+        """Tokens at each gate, if ``tokens`` enter the layer, under uniform gates; if they are
+        split, their heads."""
+        return [tokens * self.heads * visits for visits in self.visits]
 
     def expected_rows(self, tokens):
         """Rows that a rank sends at each gate, under uniform gates. An upper bound: rows whose
@@ -102,9 +106,10 @@ def measure(model):
     from fairseq_smoe.accounting.flops import count_parameters
     from fairseq_smoe.translation.layers import expert_layers
 
-    routed = [layer.routed_block for _, layer in expert_layers(model)]
-    here = sum(p.numel() for block in routed for p in block.experts.stacked())
-    return Sizes(tuple(map(Block.of, routed)), count_parameters(model) - here)
+    layers = [layer for _, layer in expert_layers(model)]
+    here = sum(p.numel() for layer in layers for p in layer.routed_block.experts.stacked())
+    blocks = tuple(Block.of(layer.routed_block, layer.heads) for layer in layers)
+    return Sizes(blocks, count_parameters(model) - here)
 
 
 # --------------------------------------------------------------------------------------
@@ -236,6 +241,8 @@ def activation_bytes(block, visits, sent, received, number_bytes):
     dim, hidden = block.embed_dim, block.hidden_dim
     # a token's input and output of the pass, and the gate's input in full precision
     tokens = sum(visits) * dim * (2 * number_bytes + FULL)
+    if block.heads > 1:  # a token before and after the LayerNorm, and before it is merged
+        tokens += visits[0] * dim * 3 * number_bytes
     # the expert's rank keeps a row's input and hidden units, the sender its output, also weighted
     return tokens + (sum(received) * (dim + hidden) + sum(sent) * 2 * dim) * number_bytes
 
@@ -252,5 +259,5 @@ def expected_activation_bytes(sizes, size, tokens, number_bytes, recomputed=Fals
     by_rank = [[of(block, rank) for block in sizes.blocks] for rank in range(size)]
     if not recomputed:
         return max(map(sum, by_rank))
-    inputs = sum(tokens * block.embed_dim * number_bytes for block in sizes.blocks)
+    inputs = sum(tokens * block.heads * block.embed_dim * number_bytes for block in sizes.blocks)
     return inputs + max(max(blocks, default=0) for blocks in by_rank)

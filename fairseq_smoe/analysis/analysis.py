@@ -69,6 +69,7 @@ def analyse(
         "max_sentences": max_sentences,
         "types": num_types,
         "min_count": min_count,
+        "columns": {name: list(columns) for name, columns in COLUMNS.items()},
     }
     frequencies = TrainingFrequencies(
         task.args.data, run.folder / "analysis" / "training-frequency", dictionary

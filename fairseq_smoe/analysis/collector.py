@@ -6,7 +6,7 @@ from fairseq_smoe.analysis.counts import BlockCounts
 from fairseq_smoe.translation.layers import expert_layers
 
 SIDES = ("encoder", "decoder")
-FLUSH_AT = 1 << 16  # tokens of a block that are counted together: a few MB
+FLUSH_AT = 1 << 16  # tokens, or heads, of a block that are counted together: a few MB
 
 
 class RoutingCollector:
@@ -75,6 +75,7 @@ class _BlockCollector:
     def __init__(self, layer, side, block, layer_number, num_types):
         expert_block = layer.routed_block
         self.name = dict(side=side, block=block, layer=layer_number, strata=expert_block.strata)
+        self.heads = layer.heads
         self.first_experts = [experts.start for experts in expert_block.visible]
         self.num_types = num_types
         self._reset()
@@ -85,7 +86,7 @@ class _BlockCollector:
         self._types_VP = torch.zeros(self.num_types, num_strata + 1, dtype=torch.long)
         self._best_E = torch.zeros(num_experts, dtype=torch.long)
         self._chosen_E = torch.zeros(num_experts, dtype=torch.long)
-        self._visits = [0] * num_strata
+        self._visits, self._num_chosen = [0] * num_strata, [0] * num_strata
 
     def _forget_waiting(self):
         self._waiting = 0
@@ -95,12 +96,12 @@ class _BlockCollector:
 
     def add(self, tokens, stats):
         """Add a forward pass: (B, S) tokens and their ``BlockStats``."""
-        if tokens.shape != stats.passes.shape:
+        if stats.passes.shape != (*tokens.shape, *[self.heads] * (self.heads > 1)):
             raise ValueError(
                 f"tokens of shape {tuple(tokens.shape)} were embedded, but the block worked on "
                 f"{tuple(stats.passes.shape)}"
             )
-        self._tokens.append(tokens.reshape(-1))
+        self._tokens.append(tokens.reshape(-1).repeat_interleave(self.heads))
         self._passes.append(stats.passes.reshape(-1))
         for i, gate in enumerate(stats.gates):
             best, chosen = gate.best_T, gate.expert_C
@@ -109,7 +110,8 @@ class _BlockCollector:
             self._best[i].append(best)
             self._chosen[i].append(chosen)
             self._visits[i] += len(best)
-        self._waiting += tokens.numel()
+            self._num_chosen[i] += len(chosen)
+        self._waiting += stats.passes.numel()
         if self._waiting >= FLUSH_AT:
             self._flush()
 
@@ -134,6 +136,8 @@ class _BlockCollector:
             first_E=self._best_E.numpy(),
             choices_E=self._chosen_E.numpy(),
             visits_L=torch.tensor(self._visits).numpy(),
+            chosen_L=torch.tensor(self._num_chosen).numpy(),
+            heads=self.heads,
         )
         self._reset()
         return counts

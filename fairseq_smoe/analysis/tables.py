@@ -8,12 +8,18 @@ import numpy as np
 from fairseq_smoe.files import whole_file
 
 COLUMNS = {
-    "capacity": ("direction", "side", "block", "layer", "requested_capacity", "tokens"),
+    "capacity": (
+        *("direction", "side", "block", "layer"),
+        *("requested_capacity", "tokens", "experts_per_token"),
+    ),
     "experts": (
         *("direction", "side", "block", "expert", "stratum"),
         *("first_choices", "choices", "share"),
     ),
-    "strata": ("direction", "side", "block", "stratum", "visits", "visit_share", "exits"),
+    "strata": (
+        *("direction", "side", "block", "stratum"),
+        *("visits", "visit_share", "exits", "experts_per_visit"),
+    ),
     "types": (
         *("direction", "side", "block", "end", "token", "count"),
         *("requested_capacity", "train_frequency", "train_rank"),
@@ -28,7 +34,10 @@ def routing_rows(direction, blocks):
     Blocks, strata and experts are numbered from 1. ``share`` is the expert's share of all first
     choices in its block, ``visit_share`` the share of the tokens that visited the stratum's gate.
     In the row of stratum k, ``exits`` are the tokens that left the block after k passes, from any
-    stratum.
+    stratum. ``experts_per_token`` is the mean number of experts that a token visits in the block,
+    ``experts_per_visit`` the mean number that it visits at one gate. If tokens are split into
+    heads, ``tokens``, ``requested_capacity`` and ``experts_per_token`` are those of tokens, and the
+    counts in the other tables those of heads.
 
     Args:
         direction: such as ``"en-de"``.
@@ -40,10 +49,13 @@ def routing_rows(direction, blocks):
     tables = {"capacity": [], "experts": [], "strata": []}
     for block in blocks:
         key = (direction, block.side, block.block)
-        tokens = max(block.tokens, 1)
+        entered = max(block.tokens * block.heads, 1)
         first_choices = max(int(block.first_E.sum()), 1)
         tables["capacity"].append(
-            (*key, block.layer, round(block.requested_capacity, 6), block.tokens)
+            (
+                *(*key, block.layer, round(block.requested_capacity, 6), block.tokens),
+                round(block.experts_per_token, 6),
+            )
         )
         tables["experts"] += [
             (*key, e + 1, stratum + 1, first, chosen, round(first / first_choices, 6))
@@ -56,8 +68,10 @@ def routing_rows(direction, blocks):
             )
         ]
         tables["strata"] += [
-            (*key, i + 1, int(visits), round(visits / tokens, 6), int(exits))
-            for i, (visits, exits) in enumerate(zip(block.visits_L, block.exits_L))
+            (*key, i + 1, int(visits), round(visits / entered, 6), int(exits), round(experts, 6))
+            for i, (visits, exits, experts) in enumerate(
+                zip(block.visits_L, block.exits_L, block.experts_per_visit_L)
+            )
         ]
     return tables
 
@@ -134,18 +148,20 @@ def _number(text):
         return float(text)
 
 
-def mean_capacities(rows, *columns):
-    """Mean requested capacity over the tokens of all rows that agree in ``columns``.
+def means_per_token(rows, *columns, of="requested_capacity"):
+    """Mean over the tokens of all rows that agree in ``columns``.
 
     Args:
         rows: of the table ``capacity``.
+        of: the column to take means of.
 
     Returns:
-        ``{values of the columns: (passes per token, tokens)}``, in the order of the rows.
+        ``{values of the columns: (mean, tokens)}``, in the order of the rows.
     """
     sums = {}
     for row in rows:
         mean = sums.setdefault(tuple(row[column] for column in columns), [0.0, 0])
-        mean[0] += row["requested_capacity"] * row["tokens"]
-        mean[1] += row["tokens"]
+        if row["tokens"]:  # else the mean is no number
+            mean[0] += row[of] * row["tokens"]
+            mean[1] += row["tokens"]
     return {key: (total / max(tokens, 1), tokens) for key, (total, tokens) in sums.items()}

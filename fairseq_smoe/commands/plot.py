@@ -1,5 +1,5 @@
-"""Draw requested capacity per direction, layer and token type, experts per language, strata, and
-the training curves of all runs together.
+"""Draw requested capacity per direction, layer and token type, experts per token and per language,
+strata, and the training curves of all runs together.
 
 Reads RUN/analysis/SUBSET/*.csv, which `analyse` writes, and RUN/train.log. The numbers of every
 picture are written beside it as CSV.

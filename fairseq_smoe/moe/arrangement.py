@@ -28,6 +28,8 @@ class Arrangement(Kind):
 
         Returns:
             A module that is called like a :class:`~fairseq_smoe.moe.block.SMoEBlock`. If it wraps
-            a block, its attribute ``block`` is that block.
+            a block, its attribute ``block`` is that block. If it calls this block with parts of
+            tokens, its attribute ``heads`` is their number, as is that of the
+            :class:`~fairseq_smoe.moe.block.BlockStats` that it returns.
         """
         raise NotImplementedError

@@ -117,6 +117,7 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, **ffn_option
         expert_group=group,
         make_gate=partial(gate, options=gate.Options.of(options)),
         make_experts=partial(experts, options=experts.Options.of(options)),
+        expert_ffn_dim=getattr(options, "moe_ffn_dim", None),
         **ffn_options,
     )
     for kind in chosen_arrangements(options):
@@ -124,8 +125,8 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, **ffn_option
     return make(embed_dim, ffn_dim)
 
 
-def _make_block(embed_dim, ffn_dim, block_class=SMoEBlock, **options):
-    return block_class(embed_dim, ffn_dim, **options)
+def _make_block(embed_dim, ffn_dim, block_class=SMoEBlock, expert_ffn_dim=None, **options):
+    return block_class(embed_dim, expert_ffn_dim or ffn_dim, **options)
 
 
 def _arranged(kind, make_block, options, ffn_options, embed_dim, ffn_dim, **changes):

@@ -1,6 +1,6 @@
 """Mean requested capacity per block, over all directions (paper, Figure 4)."""
 
-from fairseq_smoe.analysis.tables import mean_capacities
+from fairseq_smoe.analysis.tables import means_per_token
 from fairseq_smoe.plots.style import SIDES, bare, plt, save
 
 
@@ -13,7 +13,7 @@ def layer_means(rows):
     Returns:
         rows ``(side, block, layer, requested capacity, tokens)``, encoder first.
     """
-    means = mean_capacities(rows, "side", "block", "layer")
+    means = means_per_token(rows, "side", "block", "layer")
     order = sorted(means, key=lambda key: (list(SIDES).index(key[0]), key[1]))
     return [(*key, round(means[key][0], 6), means[key][1]) for key in order]
 

@@ -1,10 +1,14 @@
 """``python -m fairseq_smoe plot``: every picture that a run has the numbers for."""
 
+import sys
+
 from fairseq_smoe.analysis.tables import read_table, write_table
 from fairseq_smoe.plots.capacity_directions import plot_capacity, side_means
 from fairseq_smoe.plots.capacity_layers import layer_means, plot_layers
 from fairseq_smoe.plots.curves import COLUMNS, curve_rows, plot_curves
 from fairseq_smoe.plots.experts import language_shares, plot_experts, plot_strata
+from fairseq_smoe.plots.experts_per_token import COLUMNS as STRATUM_COLUMNS
+from fairseq_smoe.plots.experts_per_token import plot_experts_per_token, stratum_means
 from fairseq_smoe.plots.frequency_ranks import plot_ranks
 from fairseq_smoe.plots.style import SIDES, arrange
 from fairseq_smoe.plots.train_log import curves
@@ -35,6 +39,11 @@ def draw_run(run, subset, target):
         if rows:
             target.mkdir(parents=True, exist_ok=True)
             written += _draw_capacity(run, rows, heading, target)
+            strata = read_table(source / "strata.csv") if (source / "strata.csv").exists() else []
+            if missing := why_no_experts_per_token(rows, strata):
+                print(f"{source}: no picture of experts per token, {missing}", file=sys.stderr)
+            else:
+                written += _draw_experts_per_token(run, rows, strata, heading, target)
     drawers = {
         "types": _draw_directions(plot_ranks, "frequency-ranks", "how frequent are the types"),
         "experts": _draw_experts,
@@ -77,12 +86,7 @@ def _draw_capacity(run, rows, heading, target):
     path = target / "capacity-directions.png"
     bands = arrange(means, run.benchmark)
     plot_capacity(means, f"Requested capacity of {heading}", path, bands)
-    ordered = [direction for band in bands for direction in band.directions]
-    write_table(
-        path.with_suffix(".csv"),
-        ("direction", "encoder", "decoder"),
-        [(d, *(_rounded(means[d].get(side)) for side in SIDES)) for d in ordered],
-    )
+    _write_directions(path, means, bands)
     layers = target / "capacity-layers.png"
     plot_layers(layer_means(rows), f"Requested capacity of {heading}, per layer", layers)
     write_table(
@@ -91,6 +95,40 @@ def _draw_capacity(run, rows, heading, target):
         layer_means(rows),
     )
     return [path, layers]
+
+
+def why_no_experts_per_token(capacity, strata):
+    """Why these tables make no picture of how many experts a token visits; None if they do."""
+    if not strata:
+        return "because strata.csv is missing; analyse again"
+    if "experts_per_token" not in capacity[0] or "experts_per_visit" not in strata[0]:
+        return "because an earlier version has counted; analyse again"
+    numbers = {row["experts_per_token"] for row in capacity if row["tokens"]}
+    if len(numbers) < 2:
+        return f"because it is {min(numbers, default=0):g} in all directions and layers"
+    return None
+
+
+def _draw_experts_per_token(run, capacity, strata, heading, target):
+    means = side_means(capacity, "experts_per_token")
+    path = target / "experts-per-token-directions.png"
+    bands = arrange(means, run.benchmark)
+    plot_capacity(means, f"Experts per token of {heading}", path, bands, "experts", least=0)
+    _write_directions(path, means, bands)
+    layers = target / "experts-per-token-layers.png"
+    rows = stratum_means(capacity, strata)
+    plot_experts_per_token(rows, f"Experts per token of {heading}, per layer", layers)
+    write_table(layers.with_suffix(".csv"), STRATUM_COLUMNS, rows)
+    return [path, layers]
+
+
+def _write_directions(path, means, bands):
+    ordered = [direction for band in bands for direction in band.directions]
+    write_table(
+        path.with_suffix(".csv"),
+        ("direction", "encoder", "decoder"),
+        [(d, *(_rounded(means[d].get(side)) for side in SIDES)) for d in ordered],
+    )
 
 
 def _draw_directions(plot, name, question):

@@ -18,6 +18,16 @@ QUANTITIES = {
         ("decoder_requested_capacity",),
         "Requested capacity, decoder",
     ),
+    "encoder_experts": (
+        "train_inner",
+        ("encoder_experts_per_token",),
+        "Experts per token, encoder",
+    ),
+    "decoder_experts": (
+        "train_inner",
+        ("decoder_experts_per_token",),
+        "Experts per token, decoder",
+    ),
 }
 
 

@@ -52,7 +52,8 @@ def check_layout(model, state_dict, group=None):
             raise OptionError(
                 f"{name}: {found.get(name, 'missing')} in the checkpoint, "
                 f"{expected.get(name, 'missing')} in this model; train with the checkpoint's "
-                "--smoe-strata, --smoe-norm, --moe-cmr and sizes, or in an empty --save-dir"
+                "--smoe-strata, --smoe-norm, --moe-cmr, --moe-heads and sizes, or in an empty "
+                "--save-dir"
             )
 
 

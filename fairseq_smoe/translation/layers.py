@@ -1,5 +1,6 @@
 """fairseq's transformer layers with an expert block instead of the FFN sublayer."""
 
+import math
 from functools import partial
 
 from fairseq import utils
@@ -57,12 +58,23 @@ class ExpertLayerMixin:
         self.routing_stats = None
 
     @property
+    def nested_blocks(self):
+        """The blocks that arrangements have wrapped around each other, from the outermost to the
+        :class:`~fairseq_smoe.moe.block.SMoEBlock`."""
+        blocks = [self.expert_block]
+        while hasattr(blocks[-1], "block"):
+            blocks.append(blocks[-1].block)
+        return blocks
+
+    @property
     def routed_block(self):
         """The :class:`~fairseq_smoe.moe.block.SMoEBlock` inside any arrangements."""
-        block = self.expert_block
-        while hasattr(block, "block"):
-            block = block.block
-        return block
+        return self.nested_blocks[-1]
+
+    @property
+    def heads(self):
+        """Number of parts of a token that the routed block gets as its tokens."""
+        return math.prod(getattr(block, "heads", 1) for block in self.nested_blocks)
 
     def maybe_checkpointed(self, function):
         """``function``, or with --checkpoint-activations a version that is recomputed in backward.

@@ -12,6 +12,7 @@ from fairseq.models.transformer.transformer_config import (
 )
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.moe.arrangements.multi_head import num_heads
 from fairseq_smoe.moe.block import NORMS
 from fairseq_smoe.moe.doors import all_kinds, check_kinds, named_kinds
 from fairseq_smoe.moe.expert_group import default_group_size
@@ -20,8 +21,9 @@ from fairseq_smoe.moe.strata import format_strata, parse_strata
 
 DEFAULT_STRATA = "4-4"
 GROUPED_MULTIPLE = 8  # 16 bytes of half precision
-_WIDTHS = tuple(
-    f"{side}_{width}" for side in ("encoder", "decoder") for width in ("embed_dim", "ffn_embed_dim")
+_WIDTHS = (
+    *("encoder_embed_dim", "encoder_ffn_embed_dim", "decoder_embed_dim", "decoder_ffn_embed_dim"),
+    "moe_ffn_dim",
 )
 
 
@@ -46,6 +48,9 @@ class LayerOptions(FairseqDataclass):
     )
     encoder_moe_freq: Optional[int] = option(None, "overrides --moe-freq in the encoder")
     decoder_moe_freq: Optional[int] = option(None, "overrides --moe-freq in the decoder")
+    moe_ffn_dim: Optional[int] = option(
+        None, "hidden width of the experts (default: that of a dense FFN, --encoder-ffn-embed-dim)"
+    )
     moe_eom: float = option(
         0.0, "expert output masking: fraction of expert outputs zeroed in training"
     )
@@ -215,6 +220,8 @@ def check_options(options):
     check_kinds(options, strata)
     if options.smoe_norm not in NORMS:
         raise OptionError(f"--smoe-norm {options.smoe_norm}: expected {' or '.join(NORMS)}")
+    if options.moe_ffn_dim is not None and options.moe_ffn_dim < 1:
+        raise OptionError(f"--moe-ffn-dim {options.moe_ffn_dim}: expected 1 or more")
     if not 0 <= options.moe_eom < 1:
         raise OptionError(
             f"--moe-eom {options.moe_eom}: expected a fraction from 0 up to, but not, 1"
@@ -222,10 +229,11 @@ def check_options(options):
     if options.moe_expert_backend == "grouped_mm":
         for name in _WIDTHS:
             value = getattr(options, name)
-            if value is not None and value % GROUPED_MULTIPLE:
+            heads = 1 if "ffn" in name else num_heads(options)
+            if value is not None and value % (GROUPED_MULTIPLE * heads):
                 raise OptionError(
                     f"--moe-expert-backend grouped_mm with {_flag(name)} {value}: expected a "
-                    f"multiple of {GROUPED_MULTIPLE}, or another backend"
+                    f"multiple of {GROUPED_MULTIPLE * heads}, or another backend"
                 )
     size = options.moe_expert_parallel_size
     if size is not None and (size < 1 or sum(strata) % size):

@@ -2,7 +2,12 @@
 
 import pytest
 
-from fairseq_smoe.accounting.flops import count_row
+from fairseq_smoe.accounting.flops import (
+    build_on_meta,
+    count_parameters,
+    count_row,
+    flops_per_token,
+)
 from fairseq_smoe.benchmarks import benchmark as benchmarks
 
 # rows whose printed FLOPs do not follow from the paper's own counting rule (343M and 808M do)
@@ -31,3 +36,29 @@ def test_size_of_row(benchmark, row):
     _, dense_flops = count_row(benchmark, dense_row)
     if row.name not in PRINTED_FLOPS_DIFFER:
         assert flops / dense_flops == pytest.approx(row.mflops / dense_row.mflops, rel=0.01)
+
+
+@pytest.mark.parametrize("ffn_dim", [None, 500])
+@pytest.mark.parametrize("cmr", [False, True])
+@pytest.mark.parametrize("stacking", [False, True])
+def test_heads_are_rows(ffn_dim, cmr, stacking):
+    """Two blocks of 2 + 2 experts, d 64, FFN 128."""
+
+    def count(heads):
+        options = f"--arch smoe_transformer_tiny --smoe-strata 2-2 --moe-heads {heads}".split()
+        options += ["--moe-cmr"] * cmr + ["--smoe-stacking"] * stacking
+        options += [] if ffn_dim is None else ["--moe-ffn-dim", str(ffn_dim)]
+        model, built = build_on_meta(options, 100)
+        return count_parameters(model), flops_per_token(model, built)
+
+    def by_hand(d):
+        """Weights of a block, and those that a row of ``d`` numbers is multiplied with."""
+        expert = 2 * d * (ffn_dim or 128) + (ffn_dim or 128) + d
+        norms, gates = (2 * d, 4 * d) if stacking else (2 * 2 * d, 6 * d)
+        rest = norms + gates + cmr * (2 * d * 128 + 128 + d + d + 1)
+        return 4 * expert + rest, (4 if stacking else 3) * expert + rest
+
+    (params, flops), (split_params, split_flops) = count(1), count(4)
+    around = 2 * 64 + 2 * (64 * 64 + 64)
+    assert split_params - params == 2 * (by_hand(16)[0] + around - by_hand(64)[0])
+    assert split_flops - flops == 2 * 2 * (4 * by_hand(16)[1] + around - by_hand(64)[1])

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import starmap
 from unittest import mock
 
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairseq_smoe.__main__ import main
 from fairseq_smoe.accounting import scaling
 from fairseq_smoe.accounting.scaling import Block, Sizes, Traffic
+from fairseq_smoe.moe.arrangements.multi_head import MultiHeadBlock
 from fairseq_smoe.moe.arrangements.stacking import StackedMoEBlock
 from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.strata import visit_probabilities
@@ -52,6 +53,8 @@ def test_rows():
     assert BLOCK.expected_rows(100) == [200, 100]
     assert block_of(10, 20, (2, 2), top_k=1).expected_rows(100) == [100, 50]
     assert block_of(10, 20, (2, 2), kind=StackedMoEBlock).expected_rows(100) == [200, 200]
+    # each row a fourth as wide
+    assert replace(BLOCK, heads=4).expected_rows(100) == [800, 400]
     # a gate that sees one expert gives one choice
     assert block_of(10, 20, (3, 1)).expected_rows(100) == [200, 75]
 
@@ -119,16 +122,25 @@ def test_activations():
     assert scaling.expected_activation_bytes(SIZES, 4, 100, 4) == tokens + rows
     kept = scaling.expected_activation_bytes(SIZES, 4, 100, 4, recomputed=True)
     assert kept == tokens + rows + 100 * 10 * 4
+    # of 20 numbers a token, which is also kept three times around the block
+    heads = Sizes((replace(BLOCK, heads=2),), 1000)
+    own, more = 2 * (tokens + rows), 3 * 100 * 20 * 4
+    assert scaling.expected_activation_bytes(heads, 4, 100, 4) == own + more
+    kept = scaling.expected_activation_bytes(heads, 4, 100, 4, recomputed=True)
+    assert kept == own + more + 100 * 20 * 4
     dense = Sizes((), 1000)
     assert scaling.expected_activation_bytes(dense, 1, 100, 4, recomputed=True) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("strata, top_k", [((4, 4), 2), ((8,), 1), ((2, 2, 2, 2), 2)])
-def test_activations_are_those_that_autograd_keeps(strata, top_k, dtype):
+def test_activations_are_those_that_autograd_keeps(strata, top_k, heads, dtype):
     torch.manual_seed(1)
-    block = SMoEBlock(256, 512, strata, top_k, expert_backend="loop").to(dtype).train()
-    x = torch.randn(500, 256, dtype=dtype, requires_grad=True)
+    routed = SMoEBlock(256, 512, strata, top_k, expert_backend="loop")
+    block = routed if heads == 1 else MultiHeadBlock(routed, 256 * heads, heads)
+    block = block.to(dtype).train()
+    x = torch.randn(500, 256 * heads, dtype=dtype, requires_grad=True)
     kept = {}
 
     def keep(tensor):
@@ -142,7 +154,7 @@ def test_activations_are_those_that_autograd_keeps(strata, top_k, dtype):
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     visits = [gate.num_tokens for gate in stats.gates]
     rows = [int(gate.kept_C.sum()) for gate in stats.gates]
-    layout = Block.of(block)
+    layout = Block.of(routed, heads)
     formula = scaling.activation_bytes(layout, visits, rows, rows, dtype.itemsize)
     # what a gate keeps besides, probabilities and indices, is small beside D numbers
     assert formula < sum(kept.values()) < 1.03 * formula
@@ -227,6 +239,7 @@ CASES = {
         "--smoe-strata 8 --moe-top1-expert --moe-cmr",
         {"fp16": True, "ddp_backend": "legacy_ddp"},
     ),
+    "heads": Case(2, "--smoe-strata 4-4 --moe-heads 4"),
     "not spread": Case(1, "--smoe-strata 4-4"),
     "uniform gates": Case(4, "--smoe-strata 2-2-2-2", {"moe_capacity_factor": 0}),
 }

@@ -16,6 +16,7 @@ from fairseq_smoe.analysis.collector import RoutingCollector
 from fairseq_smoe.analysis.frequency import TrainingFrequencies
 from fairseq_smoe.analysis.passes import batches, direction_datasets, run_pass
 from fairseq_smoe.analysis.tables import choose_types, read_table
+from fairseq_smoe.moe.gate import Choices, Gate
 from fairseq_smoe.translation.layers import expert_layers
 
 
@@ -32,7 +33,7 @@ def collect(task, model, dataset, **limits):
 
 
 def recount(model, dataset):
-    """The same, sentence by sentence and token by token, with Counters."""
+    """The same, sentence by sentence and token by token (or head by head), with Counters."""
     found = {}
     for i in range(len(dataset)):
         sample = dataset.collater([dataset[i]])["net_input"]
@@ -40,40 +41,62 @@ def recount(model, dataset):
             model(**sample)
         for name, layer in expert_layers(model):
             counts = found.setdefault(
-                name, {k: Counter() for k in ("types", "first", "choices", "visits")}
+                name, {k: Counter() for k in ("types", "first", "choices", "visits", "chosen")}
             )
             side = name.split(".")[0]
             tokens = sample["src_tokens" if side == "encoder" else "prev_output_tokens"][0]
+            tokens = tokens.repeat_interleave(layer.routing_stats.heads)
             block = getattr(layer.expert_block, "block", layer.expert_block)
             stacked = type(block).__name__ == "StackedMoEBlock"
             stratum = [0] * len(tokens)
             passes = [0] * len(tokens)
             for g, gate in enumerate(layer.routing_stats.gates):
                 here = [t for t in range(len(tokens)) if stacked or stratum[t] == g]
+                start = block.visible[g].start
                 for column, t in enumerate(here):
-                    experts_KT = gate.expert_C.view(-1, len(gate.best_T))
-                    chosen = [int(e) + block.visible[g].start for e in experts_KT[:, column]]
-                    counts["first"][chosen[0]] += 1
-                    counts["choices"].update(chosen)
+                    chosen = gate.expert_C[gate.token_C == column] + start
+                    best = int(gate.best_T[column]) + start
+                    counts["first"][best] += 1
+                    counts["choices"].update(chosen.tolist())
                     counts["visits"][g] += 1
+                    counts["chosen"][g] += len(chosen)
                     passes[t] += 1
-                    while chosen[0] >= sum(block.strata[: stratum[t] + 1]):
+                    while best >= sum(block.strata[: stratum[t] + 1]):
                         stratum[t] += 1
                     stratum[t] += 1
             counts["types"].update(zip(tokens.tolist(), passes))
     return list(found.values())
 
 
+class Likely(Gate):
+    """Visits all experts that are likelier than the mean, or a little less."""
+
+    def forward(self, tokens_TD, here_T=None):
+        scores_TE = self.logits(tokens_TD).softmax(dim=1)
+        return Choices.where(scores_TE, scores_TE > 0.95 / scores_TE.shape[1])
+
+
+def any_number_of_experts(gates):
+    likely = torch.nn.ModuleList(Likely(*gate.weight.t().shape).eval() for gate in gates)
+    likely.load_state_dict(gates.state_dict())
+    return likely
+
+
 def as_counter(array):
     return Counter({i: n for i, n in enumerate(array.tolist()) if n})
 
 
-@pytest.mark.parametrize("name", ["smoe", "vanilla", "switch", "stacking", "cmr"])
+@pytest.mark.parametrize(
+    "name", ["smoe", "vanilla", "switch", "stacking", "cmr", "multi-head", "any number"]
+)
 @pytest.mark.parametrize("flush_at", [1, 1 << 16])
 def test_counts_equal_a_recount_token_by_token(data, name, flush_at, monkeypatch):
     monkeypatch.setattr(collector_module, "FLUSH_AT", flush_at)
-    task, model = load(data, name)
+    task, model = load(data, "smoe" if name == "any number" else name)
     dataset = direction_datasets(task, "valid")["en-aa"]
+    if name == "any number":
+        for _, layer in expert_layers(model):
+            layer.routed_block.gates = any_number_of_experts(layer.routed_block.gates)
     blocks = collect(task, model, dataset, max_tokens=60)
     expected = recount(model, dataset)
     assert [block.side for block in blocks] == ["encoder", "decoder"]
@@ -86,11 +109,25 @@ def test_counts_equal_a_recount_token_by_token(data, name, flush_at, monkeypatch
         assert as_counter(block.first_E) == counts["first"]
         assert as_counter(block.choices_E) == counts["choices"]
         assert as_counter(block.visits_L) == counts["visits"]
+        assert as_counter(block.chosen_L) == counts["chosen"]
+        heads = 4 if name == "multi-head" else 1
+        number = sum(counts["types"].values()) / heads
+        assert block.tokens == number
         total = sum(p * n for (_, p), n in counts["types"].items())
-        assert block.requested_capacity == pytest.approx(total / block.tokens)
+        assert block.requested_capacity == pytest.approx(total / number / heads)
+        assert block.experts_per_token == pytest.approx(sum(counts["chosen"].values()) / number)
+        if name in ("vanilla", "switch", "multi-head"):
+            per_visit = 1 if name == "switch" else 2
+            assert block.experts_per_visit_L[0] == per_visit
         assert block.layer == 2
-        if name == "smoe":
+        if name in ("smoe", "any number", "multi-head"):
             assert len(set(found.values())) > 2 and block.requested_capacity > 1
+        if name == "any number":
+            assert {count % 1 == 0 for count in block.experts_per_visit_L} == {False}
+        count_V, capacity_V = block.type_counts()
+        assert count_V.sum() == number
+        mean = (count_V * np.nan_to_num(capacity_V)).sum() / number
+        assert mean == pytest.approx(block.requested_capacity)
 
 
 def test_counts_do_not_depend_on_the_batches(data):
@@ -98,7 +135,7 @@ def test_counts_do_not_depend_on_the_batches(data):
     dataset = direction_datasets(task, "valid")["bb-en"]
     small, large = (collect(task, model, dataset, max_tokens=n) for n in (20, 4000))
     for one, other in zip(small, large):
-        for name in ("types_VP", "first_E", "choices_E", "visits_L"):
+        for name in ("types_VP", "first_E", "choices_E", "visits_L", "chosen_L"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -234,6 +271,7 @@ def test_the_command_writes_what_the_collector_counts_and_goes_on_where_it_was(
         assert (row["side"], row["block"], row["layer"]) == (block.side, 1, 2)
         assert row["tokens"] == block.tokens
         assert row["requested_capacity"] == pytest.approx(block.requested_capacity, abs=1e-5)
+        assert row["experts_per_token"] == pytest.approx(2 * block.requested_capacity, abs=1e-5)
     for block in blocks:
         experts = [row for row in tables["experts"] if row["side"] == block.side]
         assert [row["first_choices"] for row in experts] == block.first_E.tolist()
@@ -241,6 +279,7 @@ def test_the_command_writes_what_the_collector_counts_and_goes_on_where_it_was(
         assert sum(row["share"] for row in experts) == pytest.approx(1, abs=1e-5)
         strata = [row for row in tables["strata"] if row["side"] == block.side]
         assert strata[0]["visits"] == sum(row["exits"] for row in strata) == block.tokens
+        assert {row["experts_per_visit"] for row in strata if row["visits"]} == {2}
         types = [row for row in tables["types"] if row["side"] == block.side]
         language = {"encoder": "bb", "decoder": "en"}[block.side]
         assert types and all(re.fullmatch(rf"{language}\d", row["token"]) for row in types)

@@ -44,6 +44,22 @@ WRONG_OPTIONS = [
     (["--moe-eom=-0.1"], ["--moe-eom -0.1", "0 up to, but not, 1"]),
     (["--moe-cmr", "--cmr-gate-drop", "1"], ["--cmr-gate-drop 1.0", "0 up to, but not, 1"]),
     (["--moe-cmr", "--cmr-gate-loss-p", "2"], ["--cmr-gate-loss-p 2.0", "0 to 1"]),
+    (["--moe-heads", "0"], ["--moe-heads 0", "1 or more"]),
+    (["--moe-heads", "5"], ["--moe-heads 5", "a divisor of the model dim, 64"]),
+    (
+        ["--moe-heads", "16", "--moe-expert-backend", "grouped_mm"],
+        ["grouped_mm with --encoder-embed-dim 64", "a multiple of 128"],
+    ),
+    (["--moe-heads", "2", "--moe-head-residual", "no"], ["--moe-head-residual no", "paper or"]),
+    (
+        ["--moe-heads", "2", "--moe-head-residual", "released", "--smoe-norm", "released"],
+        ["--moe-head-residual released with --smoe-norm released", "drop one"],
+    ),
+    (["--moe-ffn-dim", "0"], ["--moe-ffn-dim 0", "1 or more"]),
+    (
+        ["--moe-ffn-dim", "100", "--moe-expert-backend", "grouped_mm"],
+        ["grouped_mm with --moe-ffn-dim 100", "a multiple of 8"],
+    ),
     (["--moe-capacity-factor=-2"], ["--moe-capacity-factor -2.0", "0 (no limit) or more"]),
     (["--moe-second-expert-policy", "best"], ["--moe-second-expert-policy best", "sampling"]),
     (

@@ -63,3 +63,33 @@ def ffn(experts, e, h, activation=torch.relu):
     """Expert ``e`` of ``FFNExperts``."""
     hidden = activation(h @ experts.fc1_weight[e] + experts.fc1_bias[e])
     return hidden @ experts.fc2_weight[e] + experts.fc2_bias[e]
+
+
+# --------------------------------------------------------------------------------------
+# MH-MoE
+
+
+def multi_head(sublayer, tokens, run_block):
+    """Eq. 3-7 of Wu et al. 2024 in a pre-norm sublayer.
+
+    Args:
+        sublayer: a ``MultiHeadBlock``; the weights of its LayerNorm and projections are used.
+        run_block: ``run_block(heads)`` returns the :class:`Reference` of the block for all heads,
+            (T * H, D / H).
+
+    Returns:
+        The output (T, D), and the reference of the heads.
+    """
+    heads = []
+    for token in tokens:
+        projected = sublayer.head.weight @ sublayer.norm(token) + sublayer.head.bias
+        heads += projected.split(len(token) // sublayer.heads)
+    found = run_block(torch.stack(heads)) if heads else None
+    out = []
+    for t, token in enumerate(tokens):
+        own = range(t * sublayer.heads, (t + 1) * sublayer.heads)
+        parts = [found.out[n] for n in own]
+        if sublayer.residual == "released":
+            parts = [part - heads[n] for part, n in zip(parts, own)]
+        out.append(token + sublayer.merge.weight @ torch.cat(parts) + sublayer.merge.bias)
+    return torch.stack(out), found

@@ -218,7 +218,7 @@ def test_what_the_project_has():
     assert {flag: list(doors.named_kinds(flag)) for flag in doors.DOORS} == {
         "--moe-gate": ["top-k"],
         "--moe-experts": ["ffn"],
-        "--moe-arrangement": ["cmr", "stacking"],
+        "--moe-arrangement": ["cmr", "multi-head", "stacking"],
     }
 
 

@@ -15,18 +15,21 @@ from fairseq_smoe.benchmarks import benchmark as benchmarks  # noqa: E402
 from fairseq_smoe.plots.capacity_directions import side_means  # noqa: E402
 from fairseq_smoe.plots.capacity_layers import layer_means  # noqa: E402
 from fairseq_smoe.plots.experts import language_shares  # noqa: E402
+from fairseq_smoe.plots.experts_per_token import stratum_means  # noqa: E402
 from fairseq_smoe.plots.style import PER_BAND, arrange  # noqa: E402
 from fairseq_smoe.plots.train_log import curves, read_log  # noqa: E402
 
-PICTURES = ["capacity-directions", "capacity-layers"] + [
+EXPERTS_PER_TOKEN = ["experts-per-token-directions", "experts-per-token-layers"]
+PICTURES = ["capacity-directions", "capacity-layers", *EXPERTS_PER_TOKEN] + [
     f"{name}-{side}"
     for name in ("experts", "frequency-ranks", "strata")
     for side in ("encoder", "decoder")
 ]
 
 
-def write_analysis(folder, directions, subset="valid"):
-    """Tables as `analyse` writes them: a block a side, strata of 2 and 2."""
+def write_analysis(folder, directions, subset="valid", experts=(2, 1), columns=COLUMNS):
+    """Tables as `analyse` writes them: a block a side, strata of 2 and 2. A token visits
+    ``experts`` of the first stratum, more of some directions, and of the second."""
     target = folder / "analysis" / subset
     target.mkdir(parents=True)
     tables = {name: [] for name in COLUMNS}
@@ -34,18 +37,24 @@ def write_analysis(folder, directions, subset="valid"):
         for side in ("encoder", "decoder"):
             for block in (1,):
                 key = (direction, side, block)
-                tables["capacity"].append((*key, 2 * block, 1 + (d % 7) / 10, 100))
+                first, second = experts[0] * (1 + d % 7), experts[1]
+                capacity, per_token = 1 + (d % 7) / 10, first + 0.4 * second
+                tables["capacity"].append((*key, 2 * block, capacity, 100, per_token))
                 tables["experts"] += [
                     (*key, e + 1, e // 2 + 1, 10 * e, 20 * e, e / 6) for e in range(4)
                 ]
-                tables["strata"] += [(*key, 1, 100, 1.0, 60), (*key, 2, 40, 0.4, 40)]
+                tables["strata"] += [
+                    (*key, 1, 100, 1.0, 60, first),
+                    (*key, 2, 40, 0.4, 40, second),
+                ]
                 for end, ranks in (("highest", (900, 30, 4000)), ("lowest", (7, 7, 7))):
                     tables["types"] += [
                         (*key, end, "12", 9, {"highest": 2.5}.get(end, 1.5), 3, rank)
                         for rank in ranks
                     ]
     for name, rows in tables.items():
-        write_table(target / f"{name}.csv", COLUMNS[name], rows)
+        width = len(columns[name])
+        write_table(target / f"{name}.csv", columns[name], [row[:width] for row in rows])
 
 
 def write_run(folder, benchmark):
@@ -67,12 +76,64 @@ def test_pictures_of_30_directions(tmp_path, capsys):
         assert read_table(folder / f"{name}.csv")
         image = matplotlib.image.imread(folder / f"{name}.png")
         assert image[..., :3].std() > 0.02  # something is drawn
-        if name != "capacity-layers":
+        if not name.endswith("-layers"):
             assert image.shape[1] > 15 * 40  # room for every label
     rows = read_table(folder / "capacity-directions.csv")
     high = [language.code for language in benchmark.languages if language.resource == "high"]
     assert [row["direction"] for row in rows[: len(high)]] == [f"eng-{code}" for code in high]
     assert rows[15]["direction"] == f"{high[0]}-eng"
+
+
+def test_experts_per_token_are_means_over_directions(tmp_path):
+    write_analysis(tmp_path, ["en-aa", "en-bb"])
+    main(["plot", str(tmp_path)])
+    folder = tmp_path / "plots" / "valid"
+    rows = read_table(folder / "experts-per-token-directions.csv")
+    assert [tuple(row.values()) for row in rows] == [("en-aa", 2.4, 2.4), ("en-bb", 4.4, 4.4)]
+    rows = read_table(folder / "experts-per-token-layers.csv")
+    assert [tuple(row.values()) for row in rows] == [
+        (side, 1, 2, *of_stratum)
+        for side in ("encoder", "decoder")
+        for of_stratum in ((1, 3.0, 3.0, 200), (2, 0.4, 1.0, 80))
+    ]
+
+
+def test_strata_that_no_token_has_met():
+    names = COLUMNS["capacity"], COLUMNS["strata"]
+    capacity = [dict(zip(names[0], ("a-b", "encoder", 1, 2, 1.0, 10, 3.0)))]
+    strata = [
+        dict(zip(names[1], ("a-b", "encoder", 1, *row)))
+        for row in ((1, 10, 1.0, 10, 3.0), (2, 0, 0.0, 0, float("nan")))
+    ]
+    assert stratum_means(capacity, strata) == [
+        ("encoder", 1, 2, 1, 3.0, 3.0, 10),
+        ("encoder", 1, 2, 2, 0.0, 0.0, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"experts": (0, 5)}, "because it is 2 in all directions and layers"),
+        (
+            {
+                "columns": {
+                    **COLUMNS,
+                    **{name: COLUMNS[name][:-1] for name in ("capacity", "strata")},
+                }
+            },
+            "because an earlier version has counted; analyse again",
+        ),
+    ],
+)
+def test_no_picture_of_experts_per_token(changes, reason, tmp_path, capsys):
+    """Of a fixed number, or of tables of an earlier version; all others are drawn."""
+    write_analysis(tmp_path, ["en-aa", "en-bb"], **changes)
+    main(["plot", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert err == f"{tmp_path / 'analysis' / 'valid'}: no picture of experts per token, {reason}\n"
+    drawn = {path.stem for path in (tmp_path / "plots" / "valid").glob("*.png")}
+    assert drawn == set(PICTURES) - set(EXPERTS_PER_TOKEN)
 
 
 def test_hundreds_of_directions_are_drawn_in_rows():
@@ -146,8 +207,11 @@ def test_curves_of_a_real_training(short_run, tmp_path):
     logs[1].write_text("begin\n" + "\n".join(bare))
     found, same = map(curves, logs)
     assert found == same
-    for quantity in ("train_loss", "balance_loss", "encoder_capacity", "decoder_capacity"):
+    for quantity in ("train_loss", "balance_loss", "encoder_capacity", "decoder_experts"):
         assert [updates for updates, _ in found[quantity]] == [10, 20, 30]
+    # the model's gates always choose two; those beyond an expert's capacity are dropped
+    capacities, experts = (dict(found[f"decoder_{name}"]) for name in ("capacity", "experts"))
+    assert all(experts[u] <= 2 * capacities[u] + 0.002 for u in (10, 20, 30))
     assert [updates for updates, _ in found["valid_loss"]][-1] == 30
     assert "valid_bleu" not in found
     assert found["train_loss"][0][1] > found["train_loss"][-1][1] > 0

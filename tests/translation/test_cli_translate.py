@@ -39,7 +39,7 @@ def test_interactive_translates_as_generate_does(data, text, trained):
         assert score == pytest.approx(from_generate[i][0], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["smoe", "switch", "cmr"])
+@pytest.mark.parametrize("name", ["smoe", "switch", "cmr", "multi-head"])
 def test_translation_does_not_depend_on_the_batch(name, data, trained):
     """One sentence at a time, without padding, or all of them in one padded batch."""
     alone = generate(data, trained(name), "en-aa", batch_size=1).sentences
@@ -50,16 +50,17 @@ def test_translation_does_not_depend_on_the_batch(name, data, trained):
         assert alone[i][0] == pytest.approx(together[i][0], abs=1e-5)
 
 
-def test_requested_capacity_of_a_translation(data, trained, tmp_path):
+@pytest.mark.parametrize("name, strata", [("smoe", 4), ("multi-head", 2)])
+def test_requested_capacity_of_a_translation(name, strata, data, trained, tmp_path):
     """--requested-capacity-file: between 1 and the number of strata, for every expert layer."""
     file = tmp_path / "capacity.json"
-    generate(data, trained("smoe"), "en-aa", requested_capacity_file=file)
+    generate(data, trained(name), "en-aa", requested_capacity_file=file)
     capacity = json.loads(file.read_text())
     assert capacity["direction"] == "en-aa"
     assert capacity["sentences"] == toy_task.SPLIT_SIZES["test"]
     assert capacity["layers"].keys() == {"encoder.layers.1", "decoder.layers.1"}
     for passes in (capacity["encoder"], capacity["decoder"], *capacity["layers"].values()):
-        assert 1 <= passes <= 4
+        assert 1 <= passes <= strata
     assert capacity["encoder"] == capacity["layers"]["encoder.layers.1"]
 
 
