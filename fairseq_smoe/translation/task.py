@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
 from fairseq_smoe.translation.own_modules import MODULES_HELP
 from fairseq_smoe.translation.task_files import LANGS_FILE
+from fairseq_smoe.translation.too_long import TooLong
 
 
 @register_task("smoe_translation")
@@ -93,6 +95,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         self.data_manager = DirectionDataManager(
             args, self.lang_pairs, langs, dicts, self.sampling_method
         )
+        self.too_long = TooLong(self.lang_pairs)
         self.capacity_meter = None
         self.validation_bleu = None
         self.gathered_experts = []  # released when training continues after a validation
@@ -103,6 +106,19 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
                 args, self.lang_pairs, self.target_dictionary, self.data_manager
             )
 
+    def get_batch_iterator(self, dataset, max_tokens=None, *args, max_positions=None, **kwargs):
+        if self.training:  # fairseq does this for training sets only
+            max_positions = utils.resolve_max_positions(max_positions, max_tokens)
+        return super().get_batch_iterator(
+            dataset, max_tokens, *args, max_positions=max_positions, **kwargs
+        )
+
+    def filter_indices_by_size(self, indices, dataset, max_positions=None, *args, **kwargs):
+        if not (self.training and isinstance(max_positions, tuple)):
+            return super().filter_indices_by_size(indices, dataset, max_positions, *args, **kwargs)
+        split = next((name for name, d in self.datasets.items() if d is dataset), "data")
+        return self.too_long.leave_out(indices, dataset, split, max_positions)
+
     def build_model(self, args, from_checkpoint=False):
         # to translate or to validate a checkpoint, processes do not keep step, so experts cannot be
         # sharded
@@ -112,26 +128,24 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def train_step(self, sample, model, *args, **kwargs):
         while self.gathered_experts:
             self.gathered_experts.pop().release()
-        try:
+        # fairseq would skip the batch; then the ranks would not even add up the same statistics
+        in_step = dist.is_initialized() and dist.get_world_size() > 1
+        with _name_out_of_memory(f"--max-tokens {self.args.max_tokens}", in_step):
             return super().train_step(sample, model, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            if not any(layer.routed_block.experts.exchanges for _, layer in expert_layers(model)):
-                raise  # fairseq skips the batch
-            raise OptionError(
-                f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, "
-                "and the others wait for its experts; give a lower number"
-            ) from error
 
     def begin_valid_epoch(self, epoch, model):
         super().begin_valid_epoch(epoch, model)
         if self.validation_bleu is not None:
             # ranks need different numbers of steps to translate their sentences
-            for _, layer in expert_layers(model):
-                layer.routed_block.experts.gather()
-                self.gathered_experts.append(layer.routed_block.experts)
+            for block in _routed_blocks(model):
+                block.experts.gather()
+                self.gathered_experts.append(block.experts)
 
     def valid_step(self, sample, model, criterion):
-        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        # fairseq would try the batch again
+        in_step = any(block.experts.exchanges for block in _routed_blocks(model))
+        with _name_out_of_memory("--max-tokens-valid", in_step):
+            loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
         if self.validation_bleu is not None:
             statistics = self.validation_bleu.statistics(sample, model)
             logging_output[validation_bleu.STATISTICS] = statistics
@@ -160,6 +174,28 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             # rewritten after every batch: fairseq does not tell a task which batch is the last
             facts = {"direction": self.lang_pairs[0], **meter.summary()}
             write_whole(path, json.dumps(facts, indent=1))
+
+
+@contextmanager
+def _name_out_of_memory(option, in_step):
+    """End the training if memory runs out while other ranks wait for this one's next step.
+
+    Raises:
+        OptionError: names ``option``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (in_step and "out of memory" in str(error)):
+            raise
+        raise OptionError(
+            f"{option}: rank {dist.get_rank()} is out of memory, and the others wait for it; give "
+            "a lower number"
+        ) from error
+
+
+def _routed_blocks(model):
+    return [layer.routed_block for _, layer in expert_layers(model)]
 
 
 def complete_languages(args):
