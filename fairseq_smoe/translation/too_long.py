@@ -43,7 +43,14 @@ class TooLong:
         )
         if not len(kept):
             raise OptionError(f"{split}: all {len(indices)} sentences are {limit}")
-        names = [self._name(dataset, index) for index in sorted(too_long)[:NAMED]]
+        # in the order of the text, which is the same when a training set is drawn anew
+        places = sorted((self._place(dataset, index), index) for index in too_long)
+        names = [
+            f"{direction} sentence {position} ({{}} source, {{}} target tokens)".format(
+                *dataset.size(index)
+            ).strip()
+            for (direction, position), index in places[:NAMED]
+        ]
         more = f", and {len(too_long) - NAMED} more" if len(too_long) > NAMED else ""
         message = (
             f"{split}: left out {len(too_long)} of {len(indices)} sentences, which are {limit}: "
@@ -55,14 +62,12 @@ class TooLong:
         self._said.add(message)
         return kept
 
-    def _name(self, dataset, index):
-        """Direction of a sentence, its index among those of the direction, and its size."""
-        direction, position = "", index
+    def _place(self, dataset, index):
+        """Direction of a sentence, and its index among those of the direction."""
         if isinstance(dataset, SampledMultiDataset):
             i, position = dataset._get_dataset_and_index(index)
-            direction = dataset.keys[i].partition(":")[2]
-        elif isinstance(dataset, ConcatDataset):
+            return dataset.keys[i].partition(":")[2], int(position)
+        if isinstance(dataset, ConcatDataset):
             i, position = dataset._get_dataset_and_sample_index(index)
-            direction = self._directions[int(dataset.directions[i])]
-        source, target = dataset.size(index)
-        return f"{direction} sentence {position} ({source} source, {target} target tokens)".strip()
+            return self._directions[int(dataset.directions[i])], int(position)
+        return "", index
