@@ -20,7 +20,7 @@ def state_of(trainer):
         "measure": _measure_of(trainer.cfg),
         "patience": {name: float(value) for name, value in trainer.patience.items()},
         "unvalidated": trainer.unvalidated,
-        "loss_scaler": _scaler_state(trainer.optimizer),
+        "loss_scaler": scaler_state(trainer.optimizer),
     }
     if isinstance(trainer.lr_scheduler, ReduceLROnPlateauLRSchedule):
         state["bad_epochs"] = trainer.lr_scheduler.lr_scheduler.num_bad_epochs
@@ -52,7 +52,7 @@ def restore(trainer, extra_state, reset_optimizer, reset_lr_scheduler, reset_met
             trainer.patience.update(state.get("patience", {}))
     if reset_optimizer or not trainer.get_num_updates():  # or the checkpoint had no optimizer
         return
-    _restore_scaler(trainer.optimizer, state.get("loss_scaler"))
+    restore_scaler(trainer.optimizer, state.get("loss_scaler"))
     if trainer.cfg.ema.store_ema:
         trainer.ema.update_freq_counter = state.get("updates_since_ema", 0)
     if not reset_lr_scheduler:
@@ -106,7 +106,7 @@ def _restore_lr_scheduler(trainer, extra_state, bad_epochs, comparable):
         trainer.lr_step(iterator["epoch"] - 1, loss)
 
 
-def _scaler_state(optimizer):
+def scaler_state(optimizer):
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None:
         return None
@@ -115,7 +115,7 @@ def _scaler_state(optimizer):
     return {name: value for name, value in vars(scaler).items() if name.startswith("_")}
 
 
-def _restore_scaler(optimizer, state):
+def restore_scaler(optimizer, state):
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not state:
         return

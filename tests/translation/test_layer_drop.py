@@ -21,6 +21,7 @@ def kept(layers):
     return [numbers[layer] for layer in layers]
 
 
+@settings(deadline=None)
 @given(SEEDS, st.floats(0, 1), st.integers(1, 4), st.lists(SEEDS, max_size=3))
 def test_every_process_keeps_the_same_layers(seed, p, passes, drawn_between):
     """Whatever each of them has drawn from torch's generator, and whatever updates it has seen."""
