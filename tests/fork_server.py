@@ -57,6 +57,7 @@ SCRIPTS = {
 }
 COMMANDS = Path(sys.executable).parent
 EXACT_LOGS = Path(__file__).with_name("exact_logs.py")
+INTERRUPTED = Path(__file__).with_name("interrupted.py")
 VARIABLE = "FORK_SERVER"  # its folder, in the environment of the tests
 # read when they are used, or set by sklearn
 OTHERS = ("PYTEST_", "_PYTEST_", VARIABLE, "COLUMNS", "LINES", "KMP_")
@@ -147,6 +148,8 @@ def _which(command):
             return TORCH, more
         if more[:1] == [str(EXACT_LOGS)]:
             return TRAIN if more[1] == "train" else TRANSLATE, more
+        if more[:1] == [str(INTERRUPTED)]:
+            return TRAIN, more
     return None, None
 
 

@@ -10,7 +10,7 @@ from fairseq import checkpoint_utils, tasks, utils
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.data_manager import find_pairs
-from fairseq_smoe.translation.task import read_languages
+from fairseq_smoe.translation.languages import read_languages
 from fairseq_smoe.translation.task_files import LANGS_FILE
 
 

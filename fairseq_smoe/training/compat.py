@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fairseq_smoe.errors import OneLineError, OptionError
-from fairseq_smoe.training.lost_ranks import is_lost_connection, roll_call
+from fairseq_smoe.training.lost_ranks import is_lost_connection, place_of, roll_call
 
 
 def apply():
@@ -190,8 +190,9 @@ def print_user_errors_in_one_line():
         if ours:
             print(f"error: {ours[0]}", file=sys.stderr)
         elif dist.is_initialized() and any(map(is_lost_connection, causes)):
+            cause = roll_call(place_of(error))
             # torch captures sys.stderr, and prints it only when this function returns
-            print(f"error: {roll_call()} ({error})", file=sys.__stderr__, flush=True)
+            print(f"error: {cause} ({error})", file=sys.__stderr__, flush=True)
             logging.shutdown()
             os._exit(1)  # torch's cleanup at exit may wait for the lost ranks
         else:

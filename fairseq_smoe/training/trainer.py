@@ -21,10 +21,16 @@ from fairseq_smoe.checkpoints.parts import (
     take_experts,
     write_part,
 )
-from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError, OptionError
+from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError
+from fairseq_smoe.training import steering
 from fairseq_smoe.training.stop_signal import StopSignal
-from fairseq_smoe.translation.criterion import MoELabelSmoothedCrossEntropy
-from fairseq_smoe.translation.layers import expert_layers, find_expert_group
+from fairseq_smoe.training.trainer_options import (
+    average_gradients_of_dropped_layers,
+    check_options,
+    warn_without_gate_losses,
+)
+from fairseq_smoe.translation import layer_drop
+from fairseq_smoe.translation.layers import find_expert_group
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +56,20 @@ class SMoETrainer(Trainer):
         cfg.common.fp16_no_flatten_grads = True
         # every rank reads what it needs; in fairseq, the first rank would send all of it, pickled
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        if layer_drop.drops_layers(model):
+            average_gradients_of_dropped_layers(cfg.distributed_training)
         super().__init__(cfg, task, model, criterion, quantizer)
         self.stop_signal = StopSignal()
         self.stops = 0  # number of processes that were asked to stop, summed over all processes
         self.stored_experts = None  # reference to the parts of the checkpoint being written
         self.unsaved = None  # why the last checkpoint could not be written
+        self.patience = {}  # what fairseq counts for --patience: "best" and "num_runs"
+        # with a stop before a validation: {"end_of_epoch": whether it was due at the end of one}
+        self.unvalidated = None
+
+    def _set_seed(self):
+        super()._set_seed()
+        layer_drop.begin_update(self.model, self.cfg.common.seed + self.get_num_updates())
 
     # ----------------------------------------------------------------------------------
     # gradients
@@ -177,15 +192,27 @@ class SMoETrainer(Trainer):
             return None
         if "train_iterator" in extra_state:
             extra_state["train_iterator"][SHARDS] = self.data_parallel_world_size
+        extra_state[steering.STATE] = steering.state_of(self)
         return super().save_checkpoint(filename, extra_state)
 
-    def load_checkpoint(self, filename, *args, **kwargs):
-        """As fairseq's, but for a checkpoint of any number of processes."""
+    def load_checkpoint(
+        self,
+        filename,
+        reset_optimizer=False,
+        reset_lr_scheduler=False,
+        optimizer_overrides=None,
+        reset_meters=False,
+    ):
+        """As fairseq's, but for a checkpoint of any number of processes, and with what the training
+        is steered by (see :mod:`~fairseq_smoe.training.steering`)."""
         self._agree_on(filename)
         if os.path.isfile(filename) and hasattr(self.task, "check_checkpoint"):
             self.task.check_checkpoint(filename)
-        extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        extra_state = super().load_checkpoint(
+            filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
+        )
         if extra_state is not None:
+            steering.restore(self, extra_state, reset_optimizer, reset_lr_scheduler, reset_meters)
             # fairseq stores the number of batches of one process; all processes have had as many
             iterator, shards = extra_state["train_iterator"], self.data_parallel_world_size
             batches = iterator["iterations_in_epoch"] * iterator.get(SHARDS, shards)
@@ -250,54 +277,16 @@ class SMoETrainer(Trainer):
         return super().valid_step(sample, raise_oom)
 
 
-def warn_without_gate_losses(cfg, criterion, model):
-    """Warn if the gates of a model are trained without their losses; nothing else shows it."""
-    if expert_layers(model) and not isinstance(criterion, MoELabelSmoothedCrossEntropy):
-        name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
-        logger.warning(
-            f"--criterion {name}: trains the gates without their balance loss, so that a few experts "
-            "may get all tokens; --criterion moe_label_smoothed_cross_entropy adds the loss"
-        )
-
-
-def check_options(cfg, group):
-    """Refuse options that do not work with sharded experts or with fully_sharded.
-
-    Raises:
-        OptionError: names the options.
-    """
-    asked = getattr(cfg.model, "moe_expert_parallel_size", None)
-    backend = cfg.distributed_training.ddp_backend
-    if backend == "fully_sharded" and cfg.common.bf16:
-        raise OptionError("--bf16 with --ddp-backend fully_sharded: not possible; use --fp16")
-    if group is None:
-        if asked is not None and asked > 1:
-            raise OptionError(
-                f"--moe-expert-parallel-size {asked}: this training has 1 process, or no experts; "
-                f"start more with torchrun --nproc_per_node {asked}, or leave the option out"
-            )
-        return
-    shared = f"--moe-expert-parallel-size {group.size}"
-    if cfg.common.amp:
-        raise OptionError(f"--amp with {shared}: ranks could skip different updates; use --bf16")
-    if getattr(cfg.optimizer, "_name", None) == "adafactor":
-        raise OptionError(f"--optimizer adafactor with {shared}: not possible; use adam, or size 1")
-    if cfg.ema.store_ema:
-        raise OptionError(f"--store-ema with {shared}: not possible; give size 1")
-    if backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded"):
-        raise OptionError(
-            f"--ddp-backend {backend} with {shared}: expected legacy_ddp, pytorch_ddp or "
-            "fully_sharded, or size 1"
-        )
-
-
-def stop_and_save(cfg, trainer, epoch_itr):
+def stop_and_save(cfg, trainer, epoch_itr, end_of_epoch):
     """Save a checkpoint, and end all processes with the exit code that the signal would give.
+
+    The training that resumes from it begins with the validation that may be due now.
 
     Raises:
         SystemExit: always.
     """
     logger.info(f"asked to stop: saving, and ending after update {trainer.get_num_updates()}")
+    trainer.unvalidated = {"end_of_epoch": end_of_epoch}
     checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
     if dist.is_initialized():
         dist.barrier()  # wait until the first rank has saved

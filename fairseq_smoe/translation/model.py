@@ -16,6 +16,7 @@ from fairseq.models.transformer import (
 from fairseq_smoe.checkpoints.parts import load_experts
 from fairseq_smoe.moe.expert_group import form_expert_group
 from fairseq_smoe.translation.checkpoint_layout import check_layout, check_vocabulary
+from fairseq_smoe.translation.layer_drop import drop_alike
 from fairseq_smoe.translation.layers import SMoEDecoderLayer, SMoEEncoderLayer, find_expert_group
 from fairseq_smoe.translation.options import (
     SMoETransformerOptions,
@@ -31,6 +32,8 @@ class SMoEEncoder(TransformerEncoderBase):
     def __init__(self, cfg, dictionary, embed_tokens):
         self.layers_built = 0
         super().__init__(cfg, dictionary, embed_tokens)
+        if cfg.in_step:
+            self.layers = drop_alike(self.layers, "encoder")
 
     def build_encoder_layer(self, cfg):
         index, self.layers_built = self.layers_built, self.layers_built + 1
@@ -45,6 +48,8 @@ class SMoEDecoder(TransformerDecoderBase):
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False):
         self.layers_built = 0
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn)
+        if cfg.in_step:
+            self.layers = drop_alike(self.layers, "decoder")
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         index, self.layers_built = self.layers_built, self.layers_built + 1
@@ -85,8 +90,13 @@ class SMoETransformer(TransformerModelBase):
         options.decoder_input_dim = options.decoder_output_dim = options.decoder_embed_dim
         options.strata = strata
         options.expert_group = None
-        in_step = dist.is_initialized() and getattr(task, "trains_in_step", True)
-        if strata is not None and in_step and dist.get_world_size() > 1:
+        # whether this is one of several processes that train a model together
+        options.in_step = (
+            dist.is_initialized()
+            and dist.get_world_size() > 1
+            and getattr(task, "trains_in_step", True)
+        )
+        if strata is not None and options.in_step:
             options.expert_group = form_expert_group(
                 expert_parallel_size(options, strata, dist.get_world_size()),
                 getattr(getattr(task, "args", None), "distributed_timeout", None),

@@ -1,7 +1,7 @@
 """``smoe_translation``: many-to-many translation, per-direction scores, routing statistics."""
 
 import json
-import os
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -15,19 +15,14 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
 from fairseq_smoe.translation import language_options, validation_bleu
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
-from fairseq_smoe.translation.data_manager import (
-    DirectionDataManager,
-    all_directions,
-    check_training_files,
-    find_shards,
-)
+from fairseq_smoe.translation.data_manager import DirectionDataManager, check_training_files
 from fairseq_smoe.translation.empty_sources import translate_sentences
-from fairseq_smoe.translation.hyphens import HYPHENS, explain_hyphens
 from fairseq_smoe.translation.language_tokens import LanguageTokens
+from fairseq_smoe.translation.languages import complete_languages
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
 from fairseq_smoe.translation.own_modules import MODULES_HELP
-from fairseq_smoe.translation.task_files import LANGS_FILE
+from fairseq_smoe.translation.too_long import TooLong
 
 
 @register_task("smoe_translation")
@@ -86,14 +81,12 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         Raises:
             OptionError: names the direction.
         """
-        complete_languages(args, language_options.fill_in(args))
+        complete_languages(args)
         check_training_files(args)
 
     @classmethod
     def setup_task(cls, args, from_checkpoint=False, **kwargs):
-        # if from a checkpoint, the options are complete
-        checkpoint = None if from_checkpoint else language_options.fill_in(args)
-        complete_languages(args, checkpoint)
+        complete_languages(args, from_checkpoint)
         langs, dicts, training = DirectionDataManager.prepare(cls.load_dictionary, args, **kwargs)
         args.langs, args.lang_dict = list(langs), None  # the list itself goes into the checkpoint
         return cls(args, langs, dicts, training)
@@ -103,6 +96,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         self.data_manager = DirectionDataManager(
             args, self.lang_pairs, langs, dicts, self.sampling_method
         )
+        self.too_long = TooLong(self.lang_pairs)
         self.capacity_meter = None
         self.validation_bleu = None
         self.gathered_experts = []  # released when training continues after a validation
@@ -140,6 +134,19 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def _data_record(self):
         return language_options.record_of(self.args, self.langs, self.dicts)
 
+    def get_batch_iterator(self, dataset, max_tokens=None, *args, max_positions=None, **kwargs):
+        if self.training:  # fairseq does this for training sets only
+            max_positions = utils.resolve_max_positions(max_positions, max_tokens)
+        return super().get_batch_iterator(
+            dataset, max_tokens, *args, max_positions=max_positions, **kwargs
+        )
+
+    def filter_indices_by_size(self, indices, dataset, max_positions=None, *args, **kwargs):
+        if not (self.training and isinstance(max_positions, tuple)):
+            return super().filter_indices_by_size(indices, dataset, max_positions, *args, **kwargs)
+        split = next((name for name, d in self.datasets.items() if d is dataset), "data")
+        return self.too_long.leave_out(indices, dataset, split, max_positions)
+
     def build_model(self, args, from_checkpoint=False):
         # to translate or to validate a checkpoint, processes do not keep step, so experts cannot be
         # sharded
@@ -149,26 +156,24 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def train_step(self, sample, model, *args, **kwargs):
         while self.gathered_experts:
             self.gathered_experts.pop().release()
-        try:
+        # fairseq would skip the batch; then the ranks would not even add up the same statistics
+        in_step = dist.is_initialized() and dist.get_world_size() > 1
+        with _name_out_of_memory(f"--max-tokens {self.args.max_tokens}", in_step):
             return super().train_step(sample, model, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            if not any(layer.routed_block.experts.exchanges for _, layer in expert_layers(model)):
-                raise  # fairseq skips the batch
-            raise OptionError(
-                f"--max-tokens {self.args.max_tokens}: rank {dist.get_rank()} is out of memory, "
-                "and the others wait for its experts; give a lower number"
-            ) from error
 
     def begin_valid_epoch(self, epoch, model):
         super().begin_valid_epoch(epoch, model)
         if self.validation_bleu is not None:
             # ranks need different numbers of steps to translate their sentences
-            for _, layer in expert_layers(model):
-                layer.routed_block.experts.gather()
-                self.gathered_experts.append(layer.routed_block.experts)
+            for block in _routed_blocks(model):
+                block.experts.gather()
+                self.gathered_experts.append(block.experts)
 
     def valid_step(self, sample, model, criterion):
-        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        # fairseq would try the batch again
+        in_step = any(block.experts.exchanges for block in _routed_blocks(model))
+        with _name_out_of_memory("--max-tokens-valid", in_step):
+            loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
         if self.validation_bleu is not None:
             statistics = self.validation_bleu.statistics(sample, model)
             logging_output[validation_bleu.STATISTICS] = statistics
@@ -242,67 +247,23 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             write_whole(path, json.dumps(facts, indent=1))
 
 
-def complete_languages(args, checkpoint=None):
-    """Fill in ``args.lang_pairs`` and the list of languages, and check that they fit together.
-
-    Args:
-        checkpoint: the file that ``args.langs`` was taken from, if it was.
+@contextmanager
+def _name_out_of_memory(option, in_step):
+    """End the training if memory runs out while other ranks wait for this one's next step.
 
     Raises:
-        OptionError: a language is missing or the data folder does not exist.
+        OptionError: names ``option``.
     """
-    folder = utils.split_paths(args.data)[0]
-    if not os.path.isdir(folder):
-        raise OptionError(f"{folder}: no such data folder; give the output of prepare")
-    if args.source_lang and args.target_lang and args.lang_pairs is None:
-        args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
-    if args.lang_pairs is None:
-        split = getattr(args, "train_subset", None) or "train"
-        if hyphenated := explain_hyphens(find_shards(args.data), split):
-            raise OptionError(hyphenated)
-        args.lang_pairs = ",".join(all_directions(args.data, split))
-    if not args.lang_pairs:
+    try:
+        yield
+    except RuntimeError as error:
+        if not (in_step and "out of memory" in str(error)):
+            raise
         raise OptionError(
-            f"{folder}: holds no training files; give the output of prepare or fairseq-preprocess, "
-            "or directions with --lang-pairs"
-        )
-    listed_in = f"--lang-dict {args.lang_dict}"
-    remedy = "list every language of the training, in the same order"
-    if checkpoint is not None:
-        listed_in = f"the languages of {checkpoint}, {','.join(args.langs)}"
-        remedy = "leave this direction out, or start a new training in an empty --save-dir"
-    elif args.langs:
-        listed_in = f"--langs {','.join(args.langs)}"
-    elif args.lang_dict is None:
-        langs_file = os.path.join(folder, LANGS_FILE)
-        if os.path.exists(langs_file):
-            listed_in = f"--langs (from {langs_file})"
-            args.langs = read_languages(langs_file)
-    langs = args.langs or (read_languages(args.lang_dict) if args.lang_dict else None)
-    pairs = args.lang_pairs.split(",") if isinstance(args.lang_pairs, str) else args.lang_pairs
-    if bool(args.source_lang) != bool(args.target_lang):
-        missing = "--target-lang" if args.source_lang else "--source-lang"
-        raise OptionError(f"{missing}: give both --source-lang and --target-lang to translate")
-    if args.source_lang:
-        for option in ("source_lang", "target_lang"):
-            code = getattr(args, option)
-            if "-" in code:
-                raise OptionError(f"--{option.replace('_', '-')} {code}: {HYPHENS}")
-        pairs = [f"{args.source_lang}-{args.target_lang}"]
-    for pair in pairs:
-        if pair.count("-") != 1:
-            raise OptionError(
-                f"--lang-pairs {pair}: expected source and target joined by one hyphen, e.g. "
-                f"en-de{f'; {HYPHENS}' if pair.count('-') > 1 else ''}"
-            )
-        for lang in pair.split("-"):
-            if langs is not None and lang not in langs:
-                raise OptionError(f"{listed_in}: {lang} is missing, which {pair} needs; {remedy}")
+            f"{option}: rank {dist.get_rank()} is out of memory, and the others wait for it; give "
+            "a lower number"
+        ) from error
 
 
-def read_languages(path):
-    """The languages listed in a file, one per line."""
-    if not os.path.exists(path):
-        raise OptionError(f"--lang-dict {path}: no such file; list one language per line in it")
-    with open(path, encoding="utf-8") as handle:
-        return [line.strip() for line in handle if line.strip()]
+def _routed_blocks(model):
+    return [layer.routed_block for _, layer in expert_layers(model)]

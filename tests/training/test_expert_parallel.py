@@ -121,6 +121,20 @@ def assert_model_of_one(folder, alone):
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("more", [{}, pytest.param(SHARDED, marks=pytest.mark.slow)])
+def test_processes_drop_the_same_layers(more, data, tmp_path):
+    """Although dropout draws numbers too, of which each process has drawn another quantity. Those
+    that share experts train to the end, and as those that do not."""
+    options = {"encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3, "dropout": 0.1, "max_update": 12}
+    options |= {"encoder_layers": 4, "decoder_layers": 4, "distributed_timeout": 60}
+    found = []
+    for size, backend in ((1, {}), (2, more)):
+        options["moe_expert_parallel_size"] = size
+        outcome = train(data, tmp_path / str(size), 2, "--smoe-strata", "2-2", **options, **backend)
+        found.append(losses(outcome))
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and len(found[0]) == 12
+
+
 @pytest.mark.parametrize(
     "more, sharding", [("fp16", {}), ("bf16", {}), ("eval_bleu", {}), slow("fp16", SHARDED)]
 )

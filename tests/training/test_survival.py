@@ -335,6 +335,9 @@ def test_processes_that_nobody_starts_are_an_error(more, data, tmp_path):
         ),
         (2, {"moe_expert_parallel_size": 2, "amp": True}, "use --bf16"),
         (2, {"moe_expert_parallel_size": 2, "store_ema": True}, "--store-ema with"),
+        (2, {"quant_noise_pq": 0.1}, "with several processes: each would change the weights"),
+        pytest.param(2, {"use_bmuf": True}, "--use-bmuf with", marks=pytest.mark.slow),
+        pytest.param(2, {"zero_sharding": "os"}, "--zero-sharding os with", marks=pytest.mark.slow),
         (1, {"ddp_backend": "fully_sharded"}, "needs GPUs"),
     ],
 )

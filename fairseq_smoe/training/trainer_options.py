@@ -1,0 +1,79 @@
+"""fairseq's options that do not go together with what the trainer does."""
+
+import logging
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.translation.criterion import MoELabelSmoothedCrossEntropy
+from fairseq_smoe.translation.layers import expert_layers
+
+logger = logging.getLogger(__name__)
+
+
+def warn_without_gate_losses(cfg, criterion, model):
+    """Warn if the gates of a model are trained without their losses; nothing else shows it."""
+    if expert_layers(model) and not isinstance(criterion, MoELabelSmoothedCrossEntropy):
+        name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
+        logger.warning(
+            f"--criterion {name}: trains the gates without their balance loss, so that a few "
+            "experts may get all tokens; --criterion moe_label_smoothed_cross_entropy adds the loss"
+        )
+
+
+def average_gradients_of_dropped_layers(cfg):
+    """torch's wrapper waits for the gradients of all layers. It can look for those that the output
+    depends on, but would not find gates whose gradient comes from their loss alone."""
+    if cfg.ddp_backend in ("pytorch_ddp", "c10d"):
+        logger.info(f"--ddp-backend {cfg.ddp_backend} with dropped layers: using legacy_ddp")
+        cfg.ddp_backend = "legacy_ddp"
+
+
+def check_options(cfg, group):
+    """Refuse options that do not work with sharded experts or with fully_sharded.
+
+    Raises:
+        OptionError: names the options.
+    """
+    asked = getattr(cfg.model, "moe_expert_parallel_size", None)
+    backend = cfg.distributed_training.ddp_backend
+    noise = getattr(cfg.model, "quant_noise_pq", 0) if hasattr(cfg.model, "moe_freq") else 0
+    if noise and cfg.distributed_training.distributed_world_size > 1 and not _keeps_copies(cfg):
+        raise OptionError(
+            f"--quant-noise-pq {noise} with several processes: each would change the weights by "
+            "its own noise; train in one process, or with --fp16 or --bf16"
+        )
+    if backend == "fully_sharded" and cfg.common.bf16:
+        raise OptionError("--bf16 with --ddp-backend fully_sharded: not possible; use --fp16")
+    if group is None:
+        if asked is not None and asked > 1:
+            raise OptionError(
+                f"--moe-expert-parallel-size {asked}: this training has 1 process, or no experts; "
+                f"start more with torchrun --nproc_per_node {asked}, or leave the option out"
+            )
+        return
+    shared = f"--moe-expert-parallel-size {group.size}"
+    if cfg.common.amp:
+        raise OptionError(f"--amp with {shared}: ranks could skip different updates; use --bf16")
+    if getattr(cfg.optimizer, "_name", None) == "adafactor":
+        raise OptionError(f"--optimizer adafactor with {shared}: not possible; use adam, or size 1")
+    not_with_shared = {
+        "--store-ema": cfg.ema.store_ema,
+        "--quantization-config-path": cfg.common.quantization_config_path,
+        "--use-bmuf": cfg.optimization.use_bmuf,
+        "--zero-sharding os": cfg.distributed_training.zero_sharding == "os",
+    }
+    for option, given in not_with_shared.items():
+        if given:
+            raise OptionError(f"{option} with {shared}: not possible; give size 1")
+    if backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d", "fully_sharded"):
+        raise OptionError(
+            f"--ddp-backend {backend} with {shared}: expected legacy_ddp, pytorch_ddp or "
+            "fully_sharded, or size 1"
+        )
+
+
+def _keeps_copies(cfg):
+    """Whether the optimizer restores the weights from float32 copies after every update."""
+    common = cfg.common
+    return (common.fp16 and not common.memory_efficient_fp16) or (
+        common.bf16 and not common.memory_efficient_bf16
+    )
