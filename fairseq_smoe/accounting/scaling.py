@@ -25,7 +25,8 @@ class Block:
         visible: experts that each gate sees, as pairs of the first one and the one after the last.
         visits: tokens at each gate per token that enters the block, under uniform gates.
         choices: rows of a token at each gate, under uniform gates.
-        expert_params: parameters of all experts.
+        expert_params: numbers in the parameters of all experts, with the padding of those that are
+            smaller than others.
     """
 
     embed_dim: int
@@ -47,7 +48,7 @@ class Block:
             tuple((seen.start, seen.stop) for seen in block.visible),
             tuple(block.expected_visits()),
             tuple(block.expected_choices()),
-            experts.num_parameters(),
+            experts.num_stored(),
         )
 
     def expected_visits(self, tokens):
@@ -99,12 +100,12 @@ class Sizes:
 def measure(model):
     """:class:`Sizes` of an ``SMoETransformer``, on the meta device as well, and where this process
     holds a share of the experts."""
-    from fairseq_smoe.accounting.flops import count_parameters
     from fairseq_smoe.translation.layers import expert_layers
 
     routed = [layer.routed_block for _, layer in expert_layers(model)]
     here = sum(p.numel() for block in routed for p in block.experts.stacked())
-    return Sizes(tuple(map(Block.of, routed)), count_parameters(model) - here)
+    everything = sum(p.numel() for p in model.parameters())
+    return Sizes(tuple(map(Block.of, routed)), everything - here)
 
 
 # --------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ class Gate(Kind, nn.Module):
 
     Attributes:
         weight: (E, D) parameter that :meth:`logits` multiplies with.
-        loss_weights: ``{name: weight}`` of the losses other than the balance loss.
+        loss_weights: ``{name: weight}`` of the losses other than the balance loss; an entry for
+            the balance loss takes the place of the criterion's weight.
+        stratum: number of the gate's stratum, from 0. The block sets it.
     """
 
     def __init__(self, embed_dim, num_experts, options=None):
@@ -73,6 +75,7 @@ class Gate(Kind, nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, embed_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
         self.loss_weights = {}
+        self.stratum = 0
 
     def extra_repr(self):
         num_experts, embed_dim = self.weight.shape
@@ -119,4 +122,5 @@ class Gate(Kind, nn.Module):
         num_experts, embed_dim = self.weight.shape
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # counting changes nothing
             twin = type(self)(embed_dim, num_experts, self.options).eval()
+            twin.stratum = self.stratum
             return len(twin(torch.zeros(1, embed_dim)).expert_C)
