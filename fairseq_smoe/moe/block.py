@@ -281,7 +281,8 @@ class SMoEBlock(nn.Module):
         rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
         record = GateRecord.of(choices, plan.kept_C, here_T)
         losses = gate.losses(choices, here_T) | self.experts.losses(choices, visible, here_T)
-        return combine_rows(rows_ND, weights_C, plan, len(normed_TD)), record, losses
+        y_TD = combine_rows(rows_ND, weights_C, plan, len(normed_TD), choices.most)
+        return y_TD, record, losses
 
     def _mask_outputs(self, weights_C):
         """Expert output masking: masks the whole output of an expert for a token."""

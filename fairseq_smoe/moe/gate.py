@@ -6,6 +6,7 @@ token-expert pairs.
 
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import nn
@@ -27,19 +28,21 @@ class Choices:
         best_T: the expert of each token whose stratum decides where the token goes next.
         expert_C, token_C: the choices, int64. When an expert is full, later choices of it are
             dropped.
+        most: the most choices that a token may have; None if that is not known.
     """
 
     scores_TE: torch.Tensor
     best_T: torch.Tensor
     expert_C: torch.Tensor
     token_C: torch.Tensor
+    most: Optional[int] = None
 
     @classmethod
     def ranked(cls, scores_TE, experts_KT):
         """K choices for every token, best first."""
         num_choices, num_tokens = experts_KT.shape
         token_C = torch.arange(num_tokens, device=experts_KT.device).repeat(num_choices)
-        return cls(scores_TE, experts_KT[0], experts_KT.reshape(-1), token_C)
+        return cls(scores_TE, experts_KT[0], experts_KT.reshape(-1), token_C, num_choices)
 
     @classmethod
     def where(cls, scores_TE, visits_TE):

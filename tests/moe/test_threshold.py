@@ -12,6 +12,7 @@ from test_doors import model_options
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.dispatch import sum_in_order
 from fairseq_smoe.moe.doors import check_kinds
 from fairseq_smoe.moe.gate import BALANCE_LOSS
 from fairseq_smoe.moe.gates.threshold import ThresholdGate, ThresholdOptions
@@ -159,6 +160,24 @@ def test_tokens_carried_along_do_not_count(weights):
         results.append([y, stats.balance_loss, torch.tensor(visits), *gradients])
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(loop, grouped, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None)
+@given(tokens=st.lists(st.integers(0, 6), max_size=30), seed=st.integers(0, 1000))
+def test_rows_of_a_token_add_up_in_their_order(tokens, seed):
+    """As GPUs compute it in evaluation, where the order would be any otherwise. In float32, where
+    the order shows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_ND = torch.randn(len(tokens), 3, generator=generator) * 10.0 ** torch.randint(
+        -4, 5, (len(tokens), 1), generator=generator
+    )
+    expected = torch.zeros(7, 3)
+    for row, token in zip(rows_ND, tokens):
+        expected[token] += row
+    token_N = torch.tensor(tokens, dtype=torch.long)
+    assert torch.equal(sum_in_order(rows_ND, token_N, 7), expected)
+    if not tokens:
+        assert sum_in_order(rows_ND, token_N, 0).shape == (0, 3)
 
 
 def test_flops_count_the_experts_that_even_probabilities_need():
