@@ -25,7 +25,7 @@ DIRECTIONS = ("en-aa", "en-bb", "aa-en", "bb-en")
 NUM_WORDS = 8
 SPLIT_SIZES = {"train": 1500, "valid": 30, "test": 60}
 
-# every row of the paper's tables
+# every row of the paper's tables, and other systems
 MODELS = {
     "dense": ["--moe-freq", "0"],
     "vanilla": ["--smoe-strata", "8"],
@@ -37,7 +37,16 @@ MODELS = {
     ],
     "stacking": ["--smoe-strata", "4-4", "--smoe-stacking"],
     "smoe": ["--smoe-strata", "2-2-2-2"],
-    # systems beside the paper's
+    # the systems of docs/systems.md
+    "xmoe": [
+        *("--smoe-strata", "2-2", "--moe-ffn-split", "2", "--moe-gate", "threshold"),
+        *("--moe-threshold", "0.9,0.5"),
+    ],
+    "hmoe": [
+        *("--smoe-strata", "8", "--moe-experts", "sized", "--moe-size-schedule", "arithmetic"),
+        *("--moe-router-entropy", "0.03", "--moe-gate", "threshold", "--moe-threshold", "0.6"),
+        *("--moe-threshold-weights", "renormalised"),
+    ],
     "multi-head": ["--smoe-strata", "4-4", "--moe-heads", "4", "--moe-ffn-dim", "256"],
 }
 

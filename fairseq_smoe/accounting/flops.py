@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from fairseq_smoe.benchmarks.training_command import model_options, vocab_size
+from fairseq_smoe.moe.experts import Experts
 
 # The paper does not give the length of the context that it counts attention over. With this one the
 # dense models of both tables are within 1% of the printed figures.
@@ -43,8 +44,9 @@ def count_row(benchmark, row, scale="paper"):
 
 
 def count_parameters(model):
-    """Trained parameters; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Trained parameters; shared ones count once, and padding of experts does not count."""
+    padding = sum(m.num_padding() for m in model.modules() if isinstance(m, Experts))
+    return sum(parameter.numel() for parameter in model.parameters()) - padding
 
 
 def flops_per_token(model, options):

@@ -25,7 +25,8 @@ class Block:
         visible: experts that each gate sees, as pairs of the first one and the one after the last.
         visits: tokens at each gate per token that enters the block, under uniform gates.
         choices: rows of a token at each gate, under uniform gates.
-        expert_params: parameters of all experts.
+        expert_params: numbers in the parameters of all experts, with the padding of those that are
+            smaller than others.
         heads: number of parts of a token of the layer that are tokens here, of D numbers each.
     """
 
@@ -49,7 +50,7 @@ class Block:
             tuple((seen.start, seen.stop) for seen in block.visible),
             tuple(block.expected_visits()),
             tuple(block.expected_choices()),
-            experts.num_parameters(),
+            experts.num_stored(),
             heads,
         )
 
@@ -103,13 +104,12 @@ class Sizes:
 def measure(model):
     """:class:`Sizes` of an ``SMoETransformer``, on the meta device as well, and where this process
     holds a share of the experts."""
-    from fairseq_smoe.accounting.flops import count_parameters
     from fairseq_smoe.translation.layers import expert_layers
 
     layers = [layer for _, layer in expert_layers(model)]
     here = sum(p.numel() for layer in layers for p in layer.routed_block.experts.stacked())
     blocks = tuple(Block.of(layer.routed_block, layer.heads) for layer in layers)
-    return Sizes(blocks, count_parameters(model) - here)
+    return Sizes(blocks, sum(p.numel() for p in model.parameters()) - here)
 
 
 # --------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import torch
 
 from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints.parts import Parted, is_expert_parameter, read_checkpoint
+from fairseq_smoe.moe.experts import PADDING
 
 # entries of fairseq's models that are not trained
-NO_PARAMETERS = (".version", "._float_tensor")
+NO_PARAMETERS = (".version", "._float_tensor", PADDING)
 
 
 def describe(path):
@@ -20,13 +21,14 @@ def describe(path):
     extra = state.get("extra_state") or {}
     sizes = gate_sizes(model)
     experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
+    padding = sum(int(value.sum()) for name, value in model.items() if name.endswith(PADDING))
     parted = [value for value in experts.values() if isinstance(value, Parted)]
     return {
         "architecture": _architecture(state),
         "experts": describe_gates(next(iter(sizes.values()), ())),
         "expert blocks": len(sizes),
-        "parameters": sum(_parameters(model).values()),
-        "of experts": sum(_parameters(experts).values()),
+        "parameters": sum(_parameters(model).values()) - padding,
+        "of experts": sum(_parameters(experts).values()) - padding,
         "parts": len(parted[0].tensors) if parted else 1,
         "type": _type(model),
         "updates": history.get("num_updates"),

@@ -188,6 +188,8 @@ class SMoEBlock(nn.Module):
         self.visible = self._visible_experts()
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(self._num_norms()))
         self.gates = nn.ModuleList(make_gate(embed_dim, len(experts)) for experts in self.visible)
+        for i, gate in enumerate(self.gates):
+            gate.stratum = i
         self.experts = make_experts(
             self.strata,
             embed_dim,
@@ -238,7 +240,8 @@ class SMoEBlock(nn.Module):
             y_TD = self.norms[-1](y_TD)
         passes = passes_T.view(x.shape[:-1])
         losses = self._mean_losses(losses, gates)
-        return y_TD.view_as(x), BlockStats(losses, passes, gates, self.gates[0].loss_weights)
+        loss_weights = {**self.gates[0].loss_weights, **self.experts.loss_weights}
+        return y_TD.view_as(x), BlockStats(losses, passes, gates, loss_weights)
 
     def _run(self, tokens_TD, real_T):
         """All passes. Returns the new tokens, and passes, gate records and losses of each gate."""
@@ -277,8 +280,9 @@ class SMoEBlock(nn.Module):
         weights_C = self._mask_outputs(gate.weights(choices, plan.kept_C))
         rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
         record = GateRecord.of(choices, plan.kept_C, here_T)
-        losses = gate.losses(choices, here_T)
-        return combine_rows(rows_ND, weights_C, plan, len(normed_TD)), record, losses
+        losses = gate.losses(choices, here_T) | self.experts.losses(choices, visible, here_T)
+        y_TD = combine_rows(rows_ND, weights_C, plan, len(normed_TD), choices.most)
+        return y_TD, record, losses
 
     def _mask_outputs(self, weights_C):
         """Expert output masking: masks the whole output of an expert for a token."""

@@ -11,6 +11,7 @@ from fairseq_smoe.moe.arrangement import Arrangement
 from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.experts import Experts
 from fairseq_smoe.moe.gate import Gate
+from fairseq_smoe.moe.strata import split_width
 
 # flag -> base class of the kinds it chooses, and the package with the project's own
 DOORS = {
@@ -98,19 +99,22 @@ def check_kinds(options, strata):
         kind.Options.of(options).check(strata, options)
 
 
-def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, **ffn_options):
+def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, ffn_split=1, **ffn_options):
     """The FFN sublayer that the options ask for: a block, or an arrangement of blocks.
 
     Args:
         options: all options of the model, named as the flags.
         strata: experts of each stratum.
         group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup`, or None.
+        ffn_split: number of experts among which a hidden size of ``ffn_dim`` is divided; ``strata``
+            counts these.
         ffn_options: ``dropout``, ``activation_dropout``, ``activation_fn``.
     """
     gate = find_kind("--moe-gate", options.moe_gate)
     experts = find_kind("--moe-experts", options.moe_experts)
     make = partial(
         _make_block,
+        ffn_split=ffn_split,
         strata=strata,
         norm=options.smoe_norm,
         eom=options.moe_eom,
@@ -125,8 +129,10 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, **ffn_option
     return make(embed_dim, ffn_dim)
 
 
-def _make_block(embed_dim, ffn_dim, block_class=SMoEBlock, expert_ffn_dim=None, **options):
-    return block_class(embed_dim, expert_ffn_dim or ffn_dim, **options)
+def _make_block(
+    embed_dim, ffn_dim, ffn_split, expert_ffn_dim=None, block_class=SMoEBlock, **options
+):
+    return block_class(embed_dim, split_width(expert_ffn_dim or ffn_dim, ffn_split), **options)
 
 
 def _arranged(kind, make_block, options, ffn_options, embed_dim, ffn_dim, **changes):

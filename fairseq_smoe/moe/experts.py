@@ -10,6 +10,22 @@ from torch import nn
 
 from fairseq_smoe.moe.kind import Kind
 
+PADDING = ".experts.padding.zeros_E"  # how its name in a checkpoint ends
+
+
+class Padding(nn.Module):
+    """How many numbers of each expert are padding, for checkpoints. On every rank that of all
+    experts.
+
+    Attributes:
+        of_expert: a list.
+    """
+
+    def __init__(self, zeros_E):
+        super().__init__()
+        self.of_expert = list(zeros_E)
+        self.register_buffer("zeros_E", torch.tensor(self.of_expert))
+
 
 class Experts(Kind, nn.Module):
     """All experts of a block, applied to rows that are sorted by expert.
@@ -26,6 +42,10 @@ class Experts(Kind, nn.Module):
         group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` of the R ranks over which the
             experts are sharded. This process then has only the parameters of its E / R experts.
             None if it holds all experts.
+
+    Attributes:
+        loss_weights: ``{name: weight}`` of the experts' own losses (see :meth:`losses`); an entry
+            for the gates' balance loss takes the place of the criterion's weight.
     """
 
     def __init__(
@@ -44,8 +64,10 @@ class Experts(Kind, nn.Module):
         self.activation_fn = activation_fn
         self.activation_dropout = activation_dropout
         self.group = group
+        self.loss_weights = {}
         self._stacked = []
         self._all_experts = None
+        self.padding = None
 
     def add_stacked(self, name, tensor_E):
         """Make a parameter that is stacked over the experts, (E, ...). It is sharded if the experts
@@ -65,11 +87,32 @@ class Experts(Kind, nn.Module):
         # not parameters(): in a fully sharded model these differ, and ours are only attributes
         return self._all_experts or [getattr(self, name) for name in self._stacked]
 
-    def num_parameters(self):
-        """Parameters of all experts, on whichever rank they are. Parameters that experts have in
-        common do not count."""
+    def add_padding(self, zeros_E):
+        """Declare that the parameters of the experts contain zeros which are no parameters, because
+        experts of different sizes are stacked. The checkpoint records them.
+
+        Args:
+            zeros_E: how many numbers of each of the E experts are padding.
+        """
+        self.padding = Padding(zeros_E)
+
+    def num_padding(self):
+        """How many of the numbers that this process holds are padding."""
+        if self.padding is None:
+            return 0
+        zeros_E = self.padding.of_expert
+        return sum(zeros_E if self.group is None else self.group.share(zeros_E))
+
+    def num_stored(self):
+        """Numbers in the parameters of all experts, on whichever rank they are, with padding."""
         size = 1 if self.group is None else self.group.size
         return size * sum(getattr(self, name).numel() for name in self._stacked)
+
+    def num_parameters(self):
+        """Parameters of all experts, on whichever rank they are. Parameters that experts have in
+        common do not count, nor does padding."""
+        padding = 0 if self.padding is None else sum(self.padding.of_expert)
+        return self.num_stored() - padding
 
     def params_used(self, visible, choices):
         """Mean number of parameters that a token is multiplied with in one pass, if it visits
@@ -100,6 +143,16 @@ class Experts(Kind, nn.Module):
     def release(self):
         """Free the experts of other processes."""
         self._all_experts = None
+
+    def losses(self, choices, visible, here_T=None):
+        """``{name: scalar}`` of one gate, beside the gate's own, before weighting.
+
+        Args:
+            choices: :class:`~fairseq_smoe.moe.gate.Choices`
+            visible: ``range`` of the experts that the gate sees.
+            here_T: marks the tokens that are at the gate; None if all are.
+        """
+        return {}
 
     def share(self, dtype):
         """What all passes of a block through the strata have in common, in one forward pass.

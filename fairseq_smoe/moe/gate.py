@@ -6,6 +6,7 @@ token-expert pairs.
 
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import nn
@@ -27,19 +28,21 @@ class Choices:
         best_T: the expert of each token whose stratum decides where the token goes next.
         expert_C, token_C: the choices, int64. When an expert is full, later choices of it are
             dropped.
+        most: the most choices that a token may have; None if that is not known.
     """
 
     scores_TE: torch.Tensor
     best_T: torch.Tensor
     expert_C: torch.Tensor
     token_C: torch.Tensor
+    most: Optional[int] = None
 
     @classmethod
     def ranked(cls, scores_TE, experts_KT):
         """K choices for every token, best first."""
         num_choices, num_tokens = experts_KT.shape
         token_C = torch.arange(num_tokens, device=experts_KT.device).repeat(num_choices)
-        return cls(scores_TE, experts_KT[0], experts_KT.reshape(-1), token_C)
+        return cls(scores_TE, experts_KT[0], experts_KT.reshape(-1), token_C, num_choices)
 
     @classmethod
     def where(cls, scores_TE, visits_TE):
@@ -64,7 +67,9 @@ class Gate(Kind, nn.Module):
 
     Attributes:
         weight: (E, D) parameter that :meth:`logits` multiplies with.
-        loss_weights: ``{name: weight}`` of the losses other than the balance loss.
+        loss_weights: ``{name: weight}`` of the losses other than the balance loss; an entry for
+            the balance loss takes the place of the criterion's weight.
+        stratum: number of the gate's stratum, from 0. The block sets it.
     """
 
     def __init__(self, embed_dim, num_experts, options=None):
@@ -73,6 +78,7 @@ class Gate(Kind, nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, embed_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
         self.loss_weights = {}
+        self.stratum = 0
 
     def extra_repr(self):
         num_experts, embed_dim = self.weight.shape
@@ -119,4 +125,5 @@ class Gate(Kind, nn.Module):
         num_experts, embed_dim = self.weight.shape
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # counting changes nothing
             twin = type(self)(embed_dim, num_experts, self.options).eval()
+            twin.stratum = self.stratum
             return len(twin(torch.zeros(1, embed_dim)).expert_C)

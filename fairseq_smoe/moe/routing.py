@@ -43,6 +43,25 @@ def choose_experts(logits_TE, top_k, sample_second=False):
     return torch.stack([first_T, others_TE.argmax(dim=1)])
 
 
+def select_top_p(scores_TE, threshold):
+    """The best experts of each token, as few as have together at least a probability.
+
+    Args:
+        scores_TE: gate probabilities.
+        threshold: up to 0 only the best expert; from 1 on all, whatever the rounding of the sum.
+
+    Returns:
+        (T, E) bool. The best expert is always among them.
+    """
+    if threshold >= 1:
+        return torch.ones_like(scores_TE, dtype=torch.bool)
+    sorted_TE, order_TE = scores_TE.detach().sort(dim=1, descending=True, stable=True)
+    better_TE = F.pad(sorted_TE.cumsum(dim=1)[:, :-1], (1, 0))  # sum over all better experts
+    taken_TE = better_TE < threshold
+    taken_TE[:, 0] = True
+    return torch.zeros_like(taken_TE).scatter(1, order_TE, taken_TE)
+
+
 def expert_capacity(num_tokens, num_experts, factor):
     """Maximum number of rows of an expert in training: ``factor`` times the even share.
 
@@ -80,6 +99,52 @@ def combine_weights(scores_TE, experts_KT, kept_KT=None):
         total_T = weights_KT.sum(dim=0)
         weights_KT = weights_KT / total_T.clamp(min=torch.finfo(total_T.dtype).eps)
     return weights_KT
+
+
+def renormalise(weights_C, token_C, expert_C, shape):
+    """Weights divided by their sum over the choices of the same token.
+
+    Args:
+        token_C, expert_C: the choices, no pair twice.
+        shape: T, E.
+    """
+    weights_TE = weights_C.new_zeros(shape).index_put((token_C, expert_C), weights_C)
+    total_T1 = weights_TE.sum(dim=1, keepdim=True)
+    return (weights_TE / total_T1.clamp(min=torch.finfo(total_T1.dtype).eps))[token_C, expert_C]
+
+
+def parameter_penalty(scores_TE, token_C, expert_C, width_E, here_T=None):
+    """Parameters that the tokens of one gate use: E * sum over e of f_e * p_e * w_e, where f_e is
+    the share of tokens that visit e, p_e the mean probability of e, and w_e its width relative to
+    the mean width of the E experts (HMoE, eq. 6, with the widths divided by their mean).
+
+    With equal widths and one choice per token this is :func:`balance_loss`.
+
+    Args:
+        token_C, expert_C: the choices.
+        width_E: widths of the experts.
+        here_T: the tokens to count; None for all.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    counted_T = torch.ones_like(scores_TE[:, 0]) if here_T is None else here_T.to(scores_TE.dtype)
+    num_tokens = max(num_tokens, 1) if here_T is None else counted_T.sum().clamp(min=1)
+    counts_E = scores_TE.new_zeros(num_experts).index_add(0, expert_C, counted_T[token_C])
+    share_E = (scores_TE if here_T is None else scores_TE * counted_T.unsqueeze(1)).sum(dim=0)
+    cost_E = width_E.to(scores_TE.dtype)
+    used_E = counts_E / num_tokens * (cost_E / cost_E.mean())
+    return num_experts * (used_E * (share_E / num_tokens)).sum()
+
+
+def router_entropy(scores_TE, here_T=None):
+    """Mean entropy of the tokens' probabilities, in nats; 0 if there are no tokens.
+
+    Its gradient is finite also where a probability is 0.
+
+    Args:
+        here_T: the tokens to count; None for all.
+    """
+    logs_TE = scores_TE.clamp(min=torch.finfo(scores_TE.dtype).tiny).log()
+    return mean_over(-(scores_TE * logs_TE).sum(dim=1), here_T)
 
 
 def mean_over(values_T, here_T=None):

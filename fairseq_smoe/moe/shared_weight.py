@@ -31,8 +31,15 @@ class _Gradients:
         self._begun = set()
 
     def add(self, e, input_MI, grad_MO):
-        """Add to the gradient of expert ``e``, from its input and the gradient of its output."""
+        """Add to the gradient of expert ``e``, from its input and the gradient of its output. If
+        these are narrower than the weight, the rest of the weight is padding and gets zeros."""
         weight_IO, bias_O = (gradient[e] for gradient in self._buffers(torch.empty_like))
+        num_in, num_out = input_MI.shape[1], grad_MO.shape[1]
+        if weight_IO.shape != (num_in, num_out):
+            if e not in self._begun:
+                for padding in (weight_IO[num_in:], weight_IO[:, num_out:], bias_O[num_out:]):
+                    padding.zero_()
+            weight_IO, bias_O = weight_IO[:num_in, :num_out], bias_O[:num_out]
         if e in self._begun:
             weight_IO.addmm_(input_MI.t(), grad_MO)
             bias_O.add_(grad_MO.sum(0))

@@ -29,6 +29,25 @@ def format_strata(strata):
     return "-".join(map(str, strata))
 
 
+def split_strata(strata, split):
+    """The strata if ``split`` smaller experts replace every one: ``(4, 4)`` -> ``(8, 8)``."""
+    return tuple(size * split for size in strata)
+
+
+def split_width(width, split):
+    """The hidden size of each of ``split`` experts that replace one of size ``width``.
+
+    Raises:
+        OptionError: ``split`` does not divide the width.
+    """
+    if width % split:
+        raise OptionError(
+            f"--moe-ffn-split {split}: does not divide the hidden size of the experts, {width}; "
+            "expected a divisor of it"
+        )
+    return width // split
+
+
 def visible_experts(strata):
     """Which experts each gate sees: its own stratum and all later ones (paper, section 3.1).
 

@@ -1,9 +1,12 @@
 """Refusing a checkpoint whose vocabulary or expert blocks differ from the model's."""
 
+import torch
+
 from fairseq_smoe.checkpoints.data_record import START_ANEW
 from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints.parts import is_expert_parameter
 from fairseq_smoe.errors import CheckpointError, OptionError
+from fairseq_smoe.moe.experts import PADDING
 
 
 def check_vocabulary(model, state_dict):
@@ -41,7 +44,7 @@ def check_layout(model, state_dict, group=None):
             raise OptionError(
                 f"--smoe-strata: the checkpoint has {describe_gates(theirs)} in {block}, this model "
                 f"has {describe_gates(ours)}; train with the checkpoint's --smoe-strata, "
-                "--smoe-stacking and --moe-freq, or start in an empty --save-dir"
+                "--moe-ffn-split, --smoe-stacking and --moe-freq, or start in an empty --save-dir"
             )
     expected, found = expert_shapes(own_state), expert_shapes(state_dict)
     for name in filter(is_expert_parameter, expected if group else ()):
@@ -54,6 +57,12 @@ def check_layout(model, state_dict, group=None):
                 f"{expected.get(name, 'missing')} in this model; train with the checkpoint's "
                 "--smoe-strata, --smoe-norm, --moe-cmr, --moe-heads and sizes, or in an empty "
                 "--save-dir"
+            )
+    for name in (n for n in own_state if n.endswith(PADDING)):
+        if not torch.equal(state_dict[name].cpu(), own_state[name].cpu()):
+            raise OptionError(
+                f"{name}: the checkpoint's experts have other widths than this model's; train with "
+                "the checkpoint's --moe-ffn-dims or --moe-size-schedule, or in an empty --save-dir"
             )
 
 

@@ -22,6 +22,7 @@ def build_expert_block(cfg, side):
         cfg,
         cfg.strata,
         cfg.expert_group,
+        cfg.moe_ffn_split,
         dropout=cfg.dropout,
         activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
         activation_fn=utils.get_activation_fn(cfg.activation_fn),

@@ -17,7 +17,7 @@ from fairseq_smoe.moe.block import NORMS
 from fairseq_smoe.moe.doors import all_kinds, check_kinds, named_kinds
 from fairseq_smoe.moe.expert_group import default_group_size
 from fairseq_smoe.moe.kind import option
-from fairseq_smoe.moe.strata import format_strata, parse_strata
+from fairseq_smoe.moe.strata import format_strata, parse_strata, split_strata
 
 DEFAULT_STRATA = "4-4"
 GROUPED_MULTIPLE = 8  # 16 bytes of half precision
@@ -50,6 +50,11 @@ class LayerOptions(FairseqDataclass):
     decoder_moe_freq: Optional[int] = option(None, "overrides --moe-freq in the decoder")
     moe_ffn_dim: Optional[int] = option(
         None, "hidden width of the experts (default: that of a dense FFN, --encoder-ffn-embed-dim)"
+    )
+    moe_ffn_split: int = option(
+        1,
+        "experts of finer grain: replace every expert of --smoe-strata by this many, each with "
+        "that fraction of the hidden units",
     )
     moe_eom: float = option(
         0.0, "expert output masking: fraction of expert outputs zeroed in training"
@@ -188,11 +193,19 @@ def expert_parallel_size(options, strata, num_processes):
 
 
 def resolve_strata(options):
-    """The stratum layout that the options ask for.
+    """The strata of the model's blocks: those that the options ask for, with the experts of each
+    multiplied by ``--moe-ffn-split``.
 
     Raises:
         OptionError: the layout does not parse or contradicts ``--moe-expert-count``.
     """
+    split = getattr(options, "moe_ffn_split", 1)  # not in checkpoints of earlier versions
+    if split < 1:
+        raise OptionError(f"--moe-ffn-split {split}: expected 1 (none) or more")
+    return split_strata(_given_strata(options), split)
+
+
+def _given_strata(options):
     count = options.moe_expert_count
     if count is not None and count < 1:
         raise OptionError(f"--moe-expert-count {count}: expected 1 or more experts")
@@ -229,11 +242,12 @@ def check_options(options):
     if options.moe_expert_backend == "grouped_mm":
         for name in _WIDTHS:
             value = getattr(options, name)
-            heads = 1 if "ffn" in name else num_heads(options)
-            if value is not None and value % (GROUPED_MULTIPLE * heads):
+            multiple = GROUPED_MULTIPLE
+            multiple *= options.moe_ffn_split if "ffn" in name else num_heads(options)
+            if value is not None and value % multiple:
                 raise OptionError(
                     f"--moe-expert-backend grouped_mm with {_flag(name)} {value}: expected a "
-                    f"multiple of {GROUPED_MULTIPLE * heads}, or another backend"
+                    f"multiple of {multiple}, or another backend"
                 )
     size = options.moe_expert_parallel_size
     if size is not None and (size < 1 or sum(strata) % size):

@@ -105,10 +105,10 @@ def test_ranks_that_share_experts_compute_what_one_computes(world_size):
     run_ranks(compare_all, world_size, world_size)
 
 
-def check_gathered(rank):
+def check_gathered(rank, **options):
     """Ranks that do not keep step compute alone, and afterwards together again."""
     group = form_expert_group(2)
-    block, whole = make_block(group).eval(), make_block(None).eval()
+    block, whole = make_block(group, **options).eval(), make_block(None, **options).eval()
     x, padding = tokens_of(rank, torch.float64)
     with torch.no_grad():
         block.experts.gather()

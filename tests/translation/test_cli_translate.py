@@ -39,7 +39,7 @@ def test_interactive_translates_as_generate_does(data, text, trained):
         assert score == pytest.approx(from_generate[i][0], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["smoe", "switch", "cmr", "multi-head"])
+@pytest.mark.parametrize("name", ["smoe", "switch", "cmr", "xmoe", "hmoe", "multi-head"])
 def test_translation_does_not_depend_on_the_batch(name, data, trained):
     """One sentence at a time, without padding, or all of them in one padded batch."""
     alone = generate(data, trained(name), "en-aa", batch_size=1).sentences
@@ -48,6 +48,17 @@ def test_translation_does_not_depend_on_the_batch(name, data, trained):
     for i in alone:
         assert alone[i][1] == together[i][1]
         assert alone[i][0] == pytest.approx(together[i][0], abs=1e-5)
+
+
+def test_the_threshold_can_be_changed_for_translation(data, trained):
+    """--model-overrides, as text or as a number; more experts give other scores."""
+    found = [
+        generate(data, trained("xmoe"), "en-aa", model_overrides=overrides).sentences
+        for overrides in (None, "{'moe_threshold': '0.9,0.5'}", "{'moe_threshold': 1.0}")
+    ]
+    assert found[0] == found[1]
+    assert found[0].keys() == found[2].keys()
+    assert all(found[0][i][0] != found[2][i][0] for i in found[0])
 
 
 @pytest.mark.parametrize("name, strata", [("smoe", 4), ("multi-head", 2)])

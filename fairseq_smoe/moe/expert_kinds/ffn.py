@@ -71,8 +71,7 @@ class FFNExperts(Experts):
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         w1, b1, w2, b2 = (parameter.to(dtype) for parameter in self.stacked())
-        backend = self.options.moe_expert_backend
-        grouped = grouped_mm_is_fast(w1) if backend == "auto" else backend != "loop"
+        grouped = self.multiplies_grouped(w1)
         if grouped and not grouped_mm_takes(w1):
             raise ValueError(
                 f"backend='grouped_mm': cannot take experts of {tuple(w1.shape[1:])} {w1.dtype}; "
@@ -82,13 +81,22 @@ class FFNExperts(Experts):
         waits = not grouped or self.exchanges
         return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
 
+    def multiplies_grouped(self, w1_EDF):
+        """Whether to multiply with ``grouped_mm``."""
+        backend = self.options.moe_expert_backend
+        return grouped_mm_is_fast(w1_EDF) if backend == "auto" else backend != "loop"
+
+    def widths_here(self):
+        """Numbers of hidden units of the experts in :meth:`stacked`; None if all of them exist."""
+        return None
+
     def multiply(self, rows_ND, runs, shared, experts):
         rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
         drops = self.training and self.activation_dropout
         activate = self._activate_and_drop if drops else self.activation_fn
         if not shared.grouped:
-            rows_E = runs.rows_per_expert
-            return expert_loop(rows_ND, rows_E, shared.fc1, shared.fc2, experts, activate)
+            weights, widths = (shared.fc1, shared.fc2), self.widths_here()
+            return expert_loop(rows_ND, runs.rows_per_expert, *weights, experts, activate, widths)
         hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
         return grouped_linear(hidden_NF, shared.fc2, experts, runs)
 
