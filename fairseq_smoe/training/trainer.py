@@ -25,8 +25,8 @@ from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError
 from fairseq_smoe.training import steering
 from fairseq_smoe.training.stop_signal import StopSignal
 from fairseq_smoe.training.trainer_options import (
-    average_gradients_of_dropped_layers,
     check_options,
+    choose_backend_for_dropped_layers,
     warn_without_gate_losses,
 )
 from fairseq_smoe.translation import layer_drop
@@ -57,7 +57,7 @@ class SMoETrainer(Trainer):
         # every rank reads what it needs; in fairseq, the first rank would send all of it, pickled
         cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         if layer_drop.drops_layers(model):
-            average_gradients_of_dropped_layers(cfg.distributed_training)
+            choose_backend_for_dropped_layers(cfg.distributed_training)
         super().__init__(cfg, task, model, criterion, quantizer)
         self.stop_signal = StopSignal()
         self.stops = 0  # number of processes that were asked to stop, summed over all processes

@@ -19,9 +19,21 @@ def warn_without_gate_losses(cfg, criterion, model):
         )
 
 
-def average_gradients_of_dropped_layers(cfg):
+def choose_backend_for_dropped_layers(cfg):
     """torch's wrapper waits for the gradients of all layers. It can look for those that the output
-    depends on, but would not find gates whose gradient comes from their loss alone."""
+    depends on, but would not find gates whose gradient comes from their loss alone.
+
+    Args:
+        cfg: fairseq's options for distributed training.
+
+    Raises:
+        OptionError: with fully_sharded, which has to run every layer.
+    """
+    if cfg.ddp_backend == "fully_sharded":
+        raise OptionError(
+            "--encoder-layerdrop or --decoder-layerdrop with --ddp-backend fully_sharded: not "
+            "possible; drop no layers, or choose legacy_ddp"
+        )
     if cfg.ddp_backend in ("pytorch_ddp", "c10d"):
         logger.info(f"--ddp-backend {cfg.ddp_backend} with dropped layers: using legacy_ddp")
         cfg.ddp_backend = "legacy_ddp"

@@ -121,17 +121,15 @@ def assert_model_of_one(folder, alone):
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param(SHARDED, marks=pytest.mark.slow)])
-def test_processes_drop_the_same_layers(more, data, tmp_path):
+def test_processes_drop_the_same_layers(data, tmp_path):
     """Although dropout draws numbers too, of which each process has drawn another quantity. Those
     that share experts train to the end, and as those that do not."""
     options = {"encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3, "dropout": 0.1, "max_update": 12}
     options |= {"encoder_layers": 4, "decoder_layers": 4, "distributed_timeout": 60}
     found = []
-    for size, backend in ((1, {}), (2, more)):
-        options["moe_expert_parallel_size"] = size
-        outcome = train(data, tmp_path / str(size), 2, "--smoe-strata", "2-2", **options, **backend)
-        found.append(losses(outcome))
+    for size in (1, 2):
+        model = ("--smoe-strata", "2-2", "--moe-expert-parallel-size", size)
+        found.append(losses(train(data, tmp_path / str(size), 2, *model, **options)))
     assert found[1] == pytest.approx(found[0], abs=1e-5) and len(found[0]) == 12
 
 
@@ -231,6 +229,7 @@ def test_sharded_processes_go_on_and_one_after_them(size, by_four, alone, data, 
         (2, {"bf16": True}, "--bf16 with --ddp-backend fully_sharded: not possible; use --fp16"),
         slow(2, {"cpu_offload": True}, "--cpu-offload with --ddp-backend fully_sharded: not"),
         slow(2, {"eval_bleu": True}, "--eval-bleu with --ddp-backend fully_sharded: not possible"),
+        slow(2, {"encoder_layerdrop": 0.1}, "--encoder-layerdrop or --decoder-layerdrop with"),
     ],
 )
 def test_what_does_not_go_together_with_shards(processes, more, message, data, tmp_path):
