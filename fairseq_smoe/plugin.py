@@ -10,4 +10,7 @@ compat.apply()
 import_named_modules(sys.argv[1:])
 hooks.apply()
 
+from fairseq_smoe.generation import hooks as generation_hooks  # noqa: E402
 from fairseq_smoe.translation import criterion, model, task  # noqa: E402,F401
+
+generation_hooks.apply()

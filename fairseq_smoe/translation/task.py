@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import copy
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from fairseq_smoe.translation.data_manager import (
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
 from fairseq_smoe.translation.own_modules import MODULES_HELP
+from fairseq_smoe.translation.searches import search_for_words
 from fairseq_smoe.translation.task_files import LANGS_FILE
 
 
@@ -142,11 +144,37 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         if self.validation_bleu is not None:
             self.validation_bleu.log(logging_outputs)
 
-    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
+    def build_generator(
+        self,
+        models,
+        args,
+        seq_gen_cls=None,
+        extra_gen_cls_kwargs=None,
+        prefix_allowed_tokens_fn=None,
+    ):
         if self.args.target_lang is None:
             raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
-        self.capacity_meter = CapacityMeter(models)
-        return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
+        if self.capacity_meter is None:  # its hooks stay on the models
+            self.capacity_meter = CapacityMeter(models)
+        if prefix_allowed_tokens_fn is not None:  # the parent takes it from here only
+            args = copy(args)
+            args.prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
+        generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
+        if hasattr(generator, "search"):  # a scorer has none
+            source, target = (
+                bool(spec) and not self.args.lang_tok_replacing_bos_eos
+                for spec in self.args.langtoks["main"]
+            )
+            generator.search = search_for_words(
+                generator.search, self.target_dictionary, int(source), int(target)
+            )
+            generator.should_set_src_lengths = getattr(generator.search, "needs_src_lengths", False)
+        return generator
+
+    def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None):
+        dataset = super().build_dataset_for_inference(src_tokens, src_lengths)
+        dataset.constraints = constraints  # as fairseq's task translation does
+        return dataset
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
         hypotheses = super().inference_step(generator, models, sample, prefix_tokens, constraints)
