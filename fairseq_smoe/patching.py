@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 
 
 class Overlay:
@@ -13,6 +14,19 @@ class Overlay:
 
     def __getattr__(self, name):
         return getattr(self._module, name)
+
+
+@contextmanager
+def replaced(module, **replacements):
+    """Replace names of a module for a while."""
+    stock = {name: vars(module)[name] for name in replacements if name in vars(module)}
+    vars(module).update(replacements)
+    try:
+        yield
+    finally:
+        for name in replacements:
+            del vars(module)[name]
+        vars(module).update(stock)
 
 
 def when_imported(name, change):

@@ -1,4 +1,4 @@
-"""fairseq's hub interface, ``SMoETransformer.from_pretrained(...)``, for many-to-many translation."""
+"""fairseq's hub interface, ``SMoETransformer.from_pretrained``, for many-to-many translation."""
 
 from copy import copy
 from functools import wraps

@@ -5,7 +5,7 @@ from functools import wraps
 
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_smoe.errors import CheckpointError
+from fairseq_smoe.errors import CheckpointError, complaints_in_one_line
 from fairseq_smoe.training.fully_sharded import check_options
 from fairseq_smoe.training.trainer import SMoETrainer, StopTraining, stop_and_save
 
@@ -27,9 +27,11 @@ def _checking_files(stock):
         args = cfg if isinstance(cfg, Namespace) else cfg.task
         task = TASK_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "task", None))
         check = getattr(task, "check_training_files", None)
-        if check is not None:
+        if check is None:
+            return stock(cfg)
+        with complaints_in_one_line():
             check(args)
-        return stock(cfg)
+            return stock(cfg)
 
     return main
 

@@ -65,9 +65,9 @@ class ConstrainedWords(LexicallyConstrainedBeamSearch):
 class DiverseWords(Search):
     """--diverse-beam-groups: diverse beam search (Vijayakumar et al. 2016).
 
-    A beam pays for every word that beams of earlier groups take at the same step: ``strength``, times
-    one more than the words that both have in common so far, as in fairseq. fairseq's own ends with
-    an IndexError where a batch is not the first one, and lets hypotheses that have ended go on.
+    A beam pays for every word that beams of earlier groups take at the same step: ``strength``,
+    times one more than the words that both have in common so far, as in fairseq. fairseq's own
+    ends with an IndexError at the second batch, and lets hypotheses that have ended go on.
     """
 
     def __init__(self, dictionary, num_groups, strength, num_forced):

@@ -1,7 +1,9 @@
 """``smoe_translation``: many-to-many translation, per-direction scores, routing statistics."""
 
+import ast
 import json
 import os
+from argparse import ArgumentTypeError
 from copy import copy
 
 import torch
@@ -40,6 +42,11 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     @staticmethod
     def add_args(parser):
         TranslationMultiSimpleEpochTask.add_args(parser)
+        for action in parser._actions:
+            if action.dest in ("extra_data", "extra_lang_pairs", "langtoks", "sampling_weights"):
+                action.type = python_dictionary  # fairseq's executes any code
+            if action.dest in ("left_pad_source", "left_pad_target"):
+                action.choices = ("True", "False")
         parser.set_defaults(
             encoder_langtok="tgt",
             decoder_langtok=True,
@@ -171,6 +178,15 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             generator.should_set_src_lengths = getattr(generator.search, "needs_src_lengths", False)
         return generator
 
+    def get_batch_iterator(
+        self, dataset, *args, skip_remainder_batch=False, grouped_shuffling=False, **kwargs
+    ):
+        """fairseq's multilingual task does not pass the two options on to its iterator."""
+        iterator = super().get_batch_iterator(dataset, *args, **kwargs)
+        iterator.skip_remainder_batch = skip_remainder_batch
+        iterator.grouped_shuffling = grouped_shuffling
+        return iterator
+
     def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None):
         dataset = super().build_dataset_for_inference(src_tokens, src_lengths)
         dataset.constraints = constraints  # as fairseq's task translation does
@@ -188,6 +204,21 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             # rewritten after every batch: fairseq does not tell a task which batch is the last
             facts = {"direction": self.lang_pairs[0], **meter.summary()}
             write_whole(path, json.dumps(facts, indent=1))
+
+
+def python_dictionary(text):
+    """The type of options such as --langtoks.
+
+    Raises:
+        ArgumentTypeError: it is something else; argparse adds the name of the option.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text}: expected a Python dictionary in quotes")
+    return value
 
 
 def complete_languages(args):
