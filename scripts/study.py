@@ -5,7 +5,8 @@
     python scripts/study.py --runs runs/study --only-collect                  only write the CSV files
 
 The command can be stopped and run again: it skips finished trainings and resumes interrupted ones.
-After every training, the losses of its group are written to results/study/losses-GROUP.csv.
+After every training, the losses of its group are written to results/study/losses-GROUP.csv. Trainings
+whose losses are complete there are finished, too, and their lines are kept if the run folder is gone.
 """
 
 import argparse
@@ -54,7 +55,21 @@ class Training:
 
     def is_done(self, runs):
         log = self.folder(runs) / "train.log"
-        return log.exists() and "done training in" in log.read_text(errors="replace")
+        if log.exists():
+            return "done training in" in log.read_text(errors="replace")
+        return any(
+            record["kind"] == "idev" and record["updates"] == self.options["--max-update"]
+            for record in self.collected()
+        )
+
+    def collected(self):
+        """The lines of this training in the CSV file of its group."""
+        path = losses_file(self.group)
+        if not path.exists():
+            return []
+        with open(path, newline="") as file:
+            own = (self.row, str(self.seed), self.options["--lr"])
+            return [r for r in csv.DictReader(file) if (r["row"], r["seed"], r["lr"]) == own]
 
     def start(self, runs, data):
         """Train to the end, in a separate process."""
@@ -68,9 +83,12 @@ class Training:
         )
 
     def records(self, runs):
-        """Losses of the training, one dict for each update and kind that was logged."""
+        """Losses of the training, one dict for each update and kind that was logged; those collected
+        before, if there is no run folder."""
         log = self.folder(runs) / "train.log"
-        logged = read_log(log) if log.exists() else {}
+        if not log.exists():
+            return self.collected()
+        logged = read_log(log)
         points = sorted(
             (updates, order, name)
             for order, name in enumerate(KINDS)
@@ -102,6 +120,10 @@ class Training:
         }
 
 
+def losses_file(group):
+    return STUDY / f"losses-{group}.csv"
+
+
 def read_trainings(path):
     return [Training(**entry) for entry in json.loads(path.read_text())]
 
@@ -109,7 +131,7 @@ def read_trainings(path):
 def collect(trainings, runs, group):
     """Write the losses of a group to its CSV file."""
     records = [r for t in trainings if t.group == group for r in t.records(runs)]
-    with open(STUDY / f"losses-{group}.csv", "w", newline="") as file:
+    with open(losses_file(group), "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)

@@ -62,10 +62,11 @@ def flops_per_token(model, options):
     visited = 0
     for _, layer in expert_layers(model):
         block = layer.routed_block
-        experts = count_parameters(block.experts)
-        shared -= experts
-        visits = block.expected_choices() * block.expected_passes()
-        visited += experts / sum(block.strata) * visits
+        shared -= count_parameters(block.experts)
+        passes = zip(block.expected_visits(), block.visible, block.expected_choices())
+        visited += sum(
+            visits * block.experts.params_used(seen, choices) for visits, seen, choices in passes
+        )
     attention_sublayers = options.encoder_layers + 2 * options.decoder_layers
     attention = 2 * options.encoder_embed_dim * CONTEXT_LENGTH * attention_sublayers
     return 2 * (shared + visited) + attention

@@ -7,8 +7,6 @@ formulas and compares them with the bytes that a training of four ranks gave to 
 
 from dataclasses import dataclass
 
-from fairseq_smoe.moe.strata import own_experts, visible_experts
-
 COUNT_BYTES = 8  # bytes of a row count: int64
 FULL = 4  # bytes of a number in full precision, which gates and optimizer always use
 
@@ -16,53 +14,45 @@ FULL = 4  # bytes of a number in full precision, which gates and optimizer alway
 # the model
 
 
-def visit_probabilities(strata):
-    """Probability that a token visits each gate, if every gate chooses its best expert uniformly.
-
-    Of the strata from i on, some stratum is the first that a token's best expert comes from. The
-    token visits gate i + 1 if that is stratum i. The probabilities add up to
-    :func:`~fairseq_smoe.moe.strata.mean_requested_capacity`.
-    """
-    return [1.0, *(size / sum(strata[i:]) for i, size in enumerate(strata[:-1]))]
-
-
 @dataclass(frozen=True)
 class Block:
-    """The sizes of an expert block that determine its bytes.
+    """What of an expert block determines its bytes.
 
     Attributes:
-        embed_dim, ffn_dim: D and F of its experts.
+        embed_dim: D.
+        hidden_dim: mean number of hidden units of a row.
         strata: experts of each stratum.
-        top_k: choices per pass.
-        stacked: whether every token visits every stratum, and gates see their own experts only.
+        visible: experts that each gate sees, as pairs of the first one and the one after the last.
+        visits: tokens at each gate per token that enters the block, under uniform gates.
+        choices: rows of a token at each gate, under uniform gates.
+        expert_params: parameters of all experts.
     """
 
     embed_dim: int
-    ffn_dim: int
+    hidden_dim: float
     strata: tuple
-    top_k: int = 2
-    stacked: bool = False
+    visible: tuple
+    visits: tuple
+    choices: tuple
+    expert_params: int
 
-    @property
-    def visible(self):
-        """The experts of each gate, as ranges."""
-        return (own_experts if self.stacked else visible_experts)(self.strata)
-
-    @property
-    def choices(self):
-        """Rows per token at each gate; a gate that sees one expert makes one choice."""
-        return [min(self.top_k, len(seen)) for seen in self.visible]
-
-    @property
-    def expert_params(self):
-        """Parameters of all experts: two linear layers with biases each."""
-        dim, ffn = self.embed_dim, self.ffn_dim
-        return sum(self.strata) * (2 * dim * ffn + ffn + dim)
+    @classmethod
+    def of(cls, block):
+        """Of a :class:`~fairseq_smoe.moe.block.SMoEBlock`."""
+        experts = block.experts
+        return cls(
+            experts.embed_dim,
+            experts.hidden_dim(),
+            block.strata,
+            tuple((seen.start, seen.stop) for seen in block.visible),
+            tuple(block.expected_visits()),
+            tuple(block.expected_choices()),
+            experts.num_parameters(),
+        )
 
     def expected_visits(self, tokens):
         """Tokens at each gate, if ``tokens`` enter the block, under uniform gates."""
-        chances = [1.0] * len(self.strata) if self.stacked else visit_probabilities(self.strata)
-        return [tokens * chance for chance in chances]
+        return [tokens * visits for visits in self.visits]
 
     def expected_rows(self, tokens):
         """Rows that a rank sends at each gate, under uniform gates. An upper bound: rows whose
@@ -73,7 +63,7 @@ class Block:
         """Rows that a rank of a group of ``size`` receives at each gate: as many as it sends, if it
         holds an even share of the experts that the gate sees."""
         return [
-            rows * size * sum(e % size == rank for e in seen) / len(seen)
+            rows * size * sum(e % size == rank for e in range(*seen)) / (seen[1] - seen[0])
             for rows, seen in zip(self.expected_rows(tokens), self.visible)
         ]
 
@@ -110,18 +100,11 @@ def measure(model):
     """:class:`Sizes` of an ``SMoETransformer``, on the meta device as well, and where this process
     holds a share of the experts."""
     from fairseq_smoe.accounting.flops import count_parameters
-    from fairseq_smoe.moe.arrangements.stacking import StackedMoEBlock
     from fairseq_smoe.translation.layers import expert_layers
 
-    blocks, shared = [], count_parameters(model)
-    for _, layer in expert_layers(model):
-        block = layer.routed_block
-        experts = block.experts
-        top_k = block.expected_choices()
-        stacked = isinstance(block, StackedMoEBlock)
-        blocks.append(Block(experts.embed_dim, experts.ffn_dim, block.strata, top_k, stacked))
-        shared -= count_parameters(block.experts)
-    return Sizes(tuple(blocks), shared)
+    routed = [layer.routed_block for _, layer in expert_layers(model)]
+    here = sum(p.numel() for block in routed for p in block.experts.stacked())
+    return Sizes(tuple(map(Block.of, routed)), count_parameters(model) - here)
 
 
 # --------------------------------------------------------------------------------------
@@ -159,7 +142,7 @@ def exchange_bytes(block, sent, received, number_bytes, recomputed=False):
     # a row is sent and its output returned; in backward the gradients of both
     rows = (forward + 1) * (sum(sent) + sum(received)) * block.embed_dim * number_bytes
     # row counts have no gradient
-    return rows + forward * COUNT_BYTES * sum(len(seen) for seen in block.visible)
+    return rows + forward * COUNT_BYTES * sum(stop - start for start, stop in block.visible)
 
 
 def handed_bytes(sizes, ranks, size, tokens, number_bytes, steps=1, recomputed=False):
@@ -250,11 +233,11 @@ def activation_bytes(block, visits, sent, received, number_bytes):
         sent, received: rows at each gate.
         number_bytes: bytes of a number in the model's precision.
     """
-    dim, ffn = block.embed_dim, block.ffn_dim
+    dim, hidden = block.embed_dim, block.hidden_dim
     # a token's input and output of the pass, and the gate's input in full precision
     tokens = sum(visits) * dim * (2 * number_bytes + FULL)
     # the expert's rank keeps a row's input and hidden units, the sender its output, also weighted
-    return tokens + (sum(received) * (dim + ffn) + sum(sent) * 2 * dim) * number_bytes
+    return tokens + (sum(received) * (dim + hidden) + sum(sent) * 2 * dim) * number_bytes
 
 
 def expected_activation_bytes(sizes, size, tokens, number_bytes, recomputed=False):

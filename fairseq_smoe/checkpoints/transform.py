@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fairseq_smoe.checkpoints import files
+from fairseq_smoe.checkpoints.data_record import DataRecord
 from fairseq_smoe.checkpoints.parts import (
     NAMES,
     REFERENCE,
@@ -75,10 +76,15 @@ def averaged(paths):
 
     Raises:
         OptionError: the checkpoints hold different parameters.
+        CheckpointError: they were trained with different dictionaries or language tokens.
     """
-    sums, state, number = {}, None, 0
+    sums, state, number, first = {}, None, 0, None
     for path in paths:
         state, number = stripped(read_checkpoint(path)), number + 1
+        record = DataRecord.in_task_state(state.get("task_state") or {})
+        first = first or (path, record)
+        if record and first[1]:
+            first[1].check(record, checkpoint=first[0], data=path)
         model = _fractions(state["model"])
         if sums:
             _check_same(path, model, sums)

@@ -56,19 +56,12 @@ class SavedModel:
         state.
 
         Raises:
-            OptionError: the vocabulary of the data folder is not the model's.
+            CheckpointError: the vocabulary of the data folder is not the model's.
         """
         options = copy(self.task_options)
         options.lang_pairs = list(directions)
+        options.path = str(self.path)
         task = tasks.setup_task(options, from_checkpoint=True)
-        embeddings = self.state["model"].get("encoder.embed_tokens.weight")
-        dictionary = task.source_dictionary
-        if embeddings is not None and len(embeddings) != len(dictionary):
-            raise OptionError(
-                f"--data {self.task_options.data}: its dictionary and languages make "
-                f"{len(dictionary)} entries, {self.path} has {len(embeddings)}; give the folder "
-                "that the model was trained with"
-            )
         (model,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task(
             [str(self.path)], task=task, state=self.state
         )

@@ -17,7 +17,7 @@ from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS, FFNExperts, FFNOptions
 from fairseq_smoe.moe.gate import BALANCE_LOSS
 from fairseq_smoe.moe.gates.top_k import SECOND_EXPERT_POLICIES, TopKGate, TopKOptions
 from fairseq_smoe.moe.selection import select
-from fairseq_smoe.moe.strata import mean_requested_capacity, visible_experts
+from fairseq_smoe.moe.strata import visible_experts, visit_probabilities
 
 NORMS = ("paper", "released")
 
@@ -56,6 +56,14 @@ class GateRecord:
         return len(self.scores_TE) if self.here_T is None else self.here_T.sum()
 
     @property
+    def num_visits(self):
+        """Number of choices that an expert computed, a scalar tensor."""
+        visited_C = torch.ones_like(self.expert_C, dtype=torch.bool)
+        for mask_C in (self.kept_C, self.here_C):
+            visited_C = visited_C if mask_C is None else visited_C & mask_C
+        return visited_C.sum()
+
+    @property
     def here_C(self):
         """Mask of the choices whose token was at this gate; None for all."""
         return None if self.here_T is None else self.here_T[self.token_C]
@@ -67,10 +75,12 @@ class BlockStats:
 
     Attributes:
         losses: ``{name: mean over the gates}``, scalars before weighting.
-        passes: (...) int64, requested capacity of each token; 0 at padding.
+        passes: (...) int64, requested capacity of each token; 0 at padding. If tokens are split into
+            heads, (..., heads), that of each head.
         gates: one record per gate, in stratum order.
         loss_weights: ``{name: weight}`` of the losses whose weight the criterion does not choose.
         shared_weight: (T,) weight of the expert branch if a dense FFN runs beside it (CMR).
+        heads: number of parts of a token that are routed by themselves.
     """
 
     losses: Dict[str, torch.Tensor]
@@ -78,6 +88,7 @@ class BlockStats:
     gates: List[GateRecord]
     loss_weights: Dict[str, float]
     shared_weight: Optional[torch.Tensor] = None
+    heads: int = 1
 
     @property
     def balance_loss(self):
@@ -191,13 +202,14 @@ class SMoEBlock(nn.Module):
         stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
         self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
 
-    def expected_passes(self):
-        """Mean number of passes per token under uniform gates (paper, section 4.4)."""
-        return mean_requested_capacity(self.strata)
+    def expected_visits(self):
+        """Tokens at each gate per token that enters the block, under uniform gates; they add up to
+        the mean requested capacity (paper, section 4.4)."""
+        return visit_probabilities(self.strata)
 
     def expected_choices(self):
-        """Experts per pass under uniform gates, at the gate with the most."""
-        return max(gate.expected_choices() for gate in self.gates)
+        """Experts that a token visits at each gate, under uniform gates."""
+        return [gate.expected_choices() for gate in self.gates]
 
     def _visible_experts(self):
         return visible_experts(self.strata)

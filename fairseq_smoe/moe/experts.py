@@ -65,6 +65,25 @@ class Experts(Kind, nn.Module):
         # not parameters(): in a fully sharded model these differ, and ours are only attributes
         return self._all_experts or [getattr(self, name) for name in self._stacked]
 
+    def num_parameters(self):
+        """Parameters of all experts, on whichever rank they are. Parameters that experts have in
+        common do not count."""
+        size = 1 if self.group is None else self.group.size
+        return size * sum(getattr(self, name).numel() for name in self._stacked)
+
+    def params_used(self, visible, choices):
+        """Mean number of parameters that a token is multiplied with in one pass, if it visits
+        ``choices`` of the experts ``visible``, a ``range``, at random; to count FLOPs."""
+        return choices * self.num_parameters() / sum(self.strata)
+
+    def forward_flops(self):
+        """FLOPs that a forward pass of the block takes whatever the number of tokens."""
+        return 0
+
+    def hidden_dim(self):
+        """Mean number of hidden units of a row, to count memory."""
+        return self.ffn_dim
+
     @property
     def exchanges(self):
         """Whether rows go to other processes."""

@@ -44,18 +44,11 @@ def own_experts(strata):
     return [range(sum(strata[:i]), sum(strata[: i + 1])) for i in range(len(strata))]
 
 
-def mean_requested_capacity(strata):
-    """Expected passes per token when every gate chooses uniformly (paper, section 4.4, FLOPs).
+def visit_probabilities(strata):
+    """Probability that a token visits each gate, if every gate chooses its best expert uniformly.
 
-    R_L = 1 and R_i = 1 + sum over j in i..L-1 of (n_j / E_i) * R_{j+1}.
+    Of the strata from i on, some stratum is the first that a token's best expert comes from. The
+    token visits gate i + 1 if that is stratum i. The probabilities add up to
+    :func:`mean_requested_capacity`.
     """
-    following = 0.0
-    capacities = []
-    for i in reversed(range(len(strata))):
-        visible = sum(strata[i:])
-        # capacities[k] belongs to stratum L-k; a best expert in stratum j sends the token to j+1
-        following = 1 + sum(
-            strata[j] / visible * capacities[len(strata) - 2 - j] for j in range(i, len(strata) - 1)
-        )
-        capacities.append(following)
-    return following
+    return [1.0, *(size / sum(strata[i:]) for i, size in enumerate(strata[:-1]))]

@@ -182,6 +182,8 @@ class SMoETrainer(Trainer):
     def load_checkpoint(self, filename, *args, **kwargs):
         """As fairseq's, but for a checkpoint of any number of processes."""
         self._agree_on(filename)
+        if os.path.isfile(filename) and hasattr(self.task, "check_checkpoint"):
+            self.task.check_checkpoint(filename)
         extra_state = super().load_checkpoint(filename, *args, **kwargs)
         if extra_state is not None:
             # fairseq stores the number of batches of one process; all processes have had as many

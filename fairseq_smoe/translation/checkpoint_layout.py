@@ -1,8 +1,26 @@
-"""Refusing a checkpoint whose expert blocks differ from the model's."""
+"""Refusing a checkpoint whose vocabulary or expert blocks differ from the model's."""
 
+from fairseq_smoe.checkpoints.data_record import START_ANEW
 from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints.parts import is_expert_parameter
-from fairseq_smoe.errors import OptionError
+from fairseq_smoe.errors import CheckpointError, OptionError
+
+
+def check_vocabulary(model, state_dict):
+    """Compare the numbers of entries in the vocabularies of a checkpoint and of ``model``.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for side in ("encoder", "decoder"):
+        name = f"{side}.embed_tokens.weight"
+        if name in state_dict:
+            theirs, ours = len(state_dict[name]), len(getattr(model, side).embed_tokens.weight)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"the dictionary and the languages make {ours} entries, those of the checkpoint "
+                    f"{theirs}; give the data folder and the --langs of the training, {START_ANEW}"
+                )
 
 
 def check_layout(model, state_dict, group=None):

@@ -161,10 +161,13 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             for name in GATE_METRICS:
                 metrics.log_scalar(name, total(name) / gates, gates, round=2)
         for side in ("encoder", "decoder"):
-            routed = total(f"{side}_routed")
-            if routed:
-                passes = total(f"{side}_passes")
-                metrics.log_scalar(f"{side}_requested_capacity", passes / routed, routed, round=3)
+            for name, sums, counts in (
+                ("requested_capacity", "passes", "routed"),
+                ("experts_per_token", "visits", "tokens"),
+            ):
+                if number := total(f"{side}_{counts}"):
+                    mean = total(f"{side}_{sums}") / number
+                    metrics.log_scalar(f"{side}_{name}", mean, number, round=3)
 
 
 def take_routing_stats(model):

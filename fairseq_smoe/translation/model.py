@@ -15,7 +15,7 @@ from fairseq.models.transformer import (
 
 from fairseq_smoe.checkpoints.parts import load_experts
 from fairseq_smoe.moe.expert_group import form_expert_group
-from fairseq_smoe.translation.checkpoint_layout import check_layout
+from fairseq_smoe.translation.checkpoint_layout import check_layout, check_vocabulary
 from fairseq_smoe.translation.layers import SMoEDecoderLayer, SMoEEncoderLayer, find_expert_group
 from fairseq_smoe.translation.options import (
     SMoETransformerOptions,
@@ -103,6 +103,7 @@ class SMoETransformer(TransformerModelBase):
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         if strict:
+            check_vocabulary(self, state_dict)
             check_layout(self, state_dict, find_expert_group(self))
         state_dict = load_experts(self, state_dict, find_expert_group(self))
         return super().load_state_dict(state_dict, strict, model_cfg, args)

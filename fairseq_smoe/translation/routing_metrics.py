@@ -69,14 +69,23 @@ def routing_metrics(stats_by_layer):
     Returns:
         dict of tensors and numbers: ``routing_gates`` (number of gates that saw tokens), for each
         name in :data:`GATE_METRICS` the sum over those gates, and for both sides ``<side>_passes``
-        (sum of requested capacity) and ``<side>_routed`` (number of tokens times number of layers).
+        (sum of requested capacity), ``<side>_routed`` (number of tokens or, if they are split, of
+        their heads, times number of layers), ``<side>_visits`` (visits of experts) and
+        ``<side>_tokens`` (number of tokens times number of layers).
     """
     gates = [record for stats in stats_by_layer.values() for record in stats.gates]
     sums = sum((gate_metrics(record) for record in gates), torch.zeros(()))
     seen = sum(torch.as_tensor(record.num_tokens) > 0 for record in gates)
     result = {"routing_gates": seen, **dict(zip(GATE_METRICS, sums.unbind()))}
     for side in ("encoder", "decoder"):
-        passes = [s.passes for name, s in stats_by_layer.items() if side in name.split(".")]
-        result[f"{side}_passes"] = sum((p.sum().float() for p in passes), torch.zeros(()))
-        result[f"{side}_routed"] = sum((p.gt(0).sum().float() for p in passes), torch.zeros(()))
+        layers = [s for name, s in stats_by_layer.items() if side in name.split(".")]
+        routed = [s.passes.gt(0).sum().float() for s in layers]
+        visits = [gate.num_visits.float() for s in layers for gate in s.gates]
+        for name, numbers in (
+            ("passes", [s.passes.sum().float() for s in layers]),
+            ("routed", routed),
+            ("visits", visits),
+            ("tokens", [number / s.heads for number, s in zip(routed, layers)]),
+        ):
+            result[f"{side}_{name}"] = sum(numbers, torch.zeros(()))
     return result

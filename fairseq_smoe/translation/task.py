@@ -12,9 +12,10 @@ from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
 
+from fairseq_smoe.checkpoints.data_record import DataRecord
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
-from fairseq_smoe.translation import validation_bleu
+from fairseq_smoe.translation import language_options, validation_bleu
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
 from fairseq_smoe.translation.data_manager import (
     DirectionDataManager,
@@ -48,10 +49,10 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             if action.dest in ("left_pad_source", "left_pad_target"):
                 action.choices = ("True", "False")
         parser.set_defaults(
-            encoder_langtok="tgt",
-            decoder_langtok=True,
             sampling_method="temperature",
             sampling_temperature=1.0,
+            # not given: as in the checkpoint
+            **dict.fromkeys(language_options.DEFAULTS),
         )
         parser.add_argument(
             "--no-decoder-langtok",
@@ -89,13 +90,17 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         Raises:
             OptionError: names the direction.
         """
-        complete_languages(args)
+        complete_languages(args, language_options.fill_in(args))
         check_training_files(args)
 
     @classmethod
-    def setup_task(cls, args, **kwargs):
-        complete_languages(args)
-        return cls(args, *DirectionDataManager.prepare(cls.load_dictionary, args, **kwargs))
+    def setup_task(cls, args, from_checkpoint=False, **kwargs):
+        # if from a checkpoint, the options are complete
+        checkpoint = None if from_checkpoint else language_options.fill_in(args)
+        complete_languages(args, checkpoint)
+        langs, dicts, training = DirectionDataManager.prepare(cls.load_dictionary, args, **kwargs)
+        args.langs, args.lang_dict = list(langs), None  # the list itself goes into the checkpoint
+        return cls(args, langs, dicts, training)
 
     def __init__(self, args, langs, dicts, training):
         super().__init__(args, langs, dicts, training)
@@ -111,6 +116,33 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             self.validation_bleu = validation_bleu.ValidationBLEU(
                 args, self.lang_pairs, self.target_dictionary, self.data_manager
             )
+
+    def state_dict(self):
+        return {**super().state_dict(), **self._data_record().to_task_state()}
+
+    def load_state_dict(self, state_dict):
+        """As fairseq's, for a checkpoint that is going to be used with this task's data.
+
+        Raises:
+            CheckpointError: its dictionary, languages or language tokens are others.
+        """
+        self._check_record(
+            DataRecord.in_task_state(state_dict) or DataRecord(None, None, {}),
+            getattr(self.args, "path", None) or "the checkpoint",
+        )
+        super().load_state_dict(state_dict)
+
+    def check_checkpoint(self, path):
+        """The same, before a training loads the checkpoint at ``path``."""
+        record, _ = language_options.read_record(path)
+        if record is not None:
+            self._check_record(record, path)
+
+    def _check_record(self, record, checkpoint):
+        record.check(self._data_record(), checkpoint, self.args.data)
+
+    def _data_record(self):
+        return language_options.record_of(self.args, self.langs, self.dicts)
 
     def build_model(self, args, from_checkpoint=False):
         # to translate or to validate a checkpoint, processes do not keep step, so experts cannot be
@@ -221,8 +253,11 @@ def python_dictionary(text):
     return value
 
 
-def complete_languages(args):
+def complete_languages(args, checkpoint=None):
     """Fill in ``args.lang_pairs`` and the list of languages, and check that they fit together.
+
+    Args:
+        checkpoint: the file that ``args.langs`` was taken from, if it was.
 
     Raises:
         OptionError: a language is missing or the data folder does not exist.
@@ -242,13 +277,16 @@ def complete_languages(args):
             "or directions with --lang-pairs"
         )
     listed_in = f"--lang-dict {args.lang_dict}"
-    if args.langs:
+    remedy = "list every language of the training, in the same order"
+    if checkpoint is not None:
+        listed_in = f"the languages of {checkpoint}, {','.join(args.langs)}"
+        remedy = "leave this direction out, or start a new training in an empty --save-dir"
+    elif args.langs:
         listed_in = f"--langs {','.join(args.langs)}"
     elif args.lang_dict is None:
         langs_file = os.path.join(folder, LANGS_FILE)
         if os.path.exists(langs_file):
             listed_in = f"--langs (from {langs_file})"
-            # the list itself goes into the checkpoint, because the data may be moved
             args.langs = read_languages(langs_file)
     langs = args.langs or (read_languages(args.lang_dict) if args.lang_dict else None)
     pairs = args.lang_pairs.split(",") if isinstance(args.lang_pairs, str) else args.lang_pairs
@@ -264,10 +302,7 @@ def complete_languages(args):
             )
         for lang in pair.split("-"):
             if langs is not None and lang not in langs:
-                raise OptionError(
-                    f"{listed_in}: {lang} is missing, which {pair} needs; list every language "
-                    "of the training, in the same order"
-                )
+                raise OptionError(f"{listed_in}: {lang} is missing, which {pair} needs; {remedy}")
 
 
 def read_languages(path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -43,14 +44,22 @@ def test_losses_are_collected_once_with_the_tokens_so_far(tmp_path):
     folder = tmp_path / "runs" / run["group"] / f"{run['row']}-lr{run['options']['--lr']}-seed7"
     folder.mkdir(parents=True)
     (folder / "train.log").write_text(LOG)
-    subprocess.run(
-        [sys.executable, copy, "--runs", tmp_path / "runs", "--only-collect"], check=True
-    )
-    with open(study / f"losses-{run['group']}.csv") as file:
-        rows = list(csv.DictReader(file))
+    losses = study / f"losses-{run['group']}.csv"
+
+    def collect():
+        subprocess.run(
+            [sys.executable, copy, "--runs", tmp_path / "runs", "--only-collect"], check=True
+        )
+        return losses.read_text()
+
+    rows = list(csv.DictReader(collect().splitlines()))
     found = [(r["kind"], r["updates"], r["loss"], r["target_tokens"], r["seconds"]) for r in rows]
     assert found == [
         ("train", "25", "9.5", "25000", "9"),
         ("train", "50", "8.4", "55000", "30"),
         ("flores", "50", "9.9", "55000", ""),
     ]
+    # without the run folder, the lines stay
+    before = losses.read_text()
+    shutil.rmtree(folder)
+    assert collect() == before

@@ -1,6 +1,7 @@
 """The logged routing numbers, by hand on small routings."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_all_strata_count_and_empty_gates_do_not():
     assert full["decoder_routed"] == 15
     by_hand = sum(gate_metrics(gate) for gate in stats.gates) * 2
     torch.testing.assert_close(torch.stack([full[name] for name in GATE_METRICS]), by_hand)
+
+
+def test_visits_of_experts():
+    """Those of tokens at the gate that were not dropped; per token, not per head of it."""
+    kept = [[True, True, True, False], [False, False, True, True]]
+    whole = record([0, 0, 0, 1], [1, 2, 3, 3], 10, kept)
+    assert whole.num_visits == 5
+    here = replace(whole, here_T=torch.tensor([True, True, False, True]))
+    assert here.num_visits == 3
+    assert record([0, 1], [1, 2], 3).num_visits == 4
+    stats = BlockStats({}, torch.ones(2, 2, dtype=torch.long), [whole, here], {}, heads=2)
+    sums = routing_metrics({"encoder.layers.1": stats})
+    assert (sums["encoder_visits"], sums["encoder_tokens"], sums["encoder_routed"]) == (8, 2, 4)
 
 
 def test_no_tokens_at_all():

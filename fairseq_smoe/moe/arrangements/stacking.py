@@ -56,8 +56,8 @@ class StackedMoEBlock(SMoEBlock):
     between the layers. Every token visits every layer, so its requested capacity is always L.
     """
 
-    def expected_passes(self):
-        return len(self.strata)
+    def expected_visits(self):
+        return [1.0] * len(self.strata)
 
     def _visible_experts(self):
         return own_experts(self.strata)
