@@ -6,6 +6,7 @@ from functools import wraps
 import torch
 from fairseq import tasks, utils
 from fairseq.data import LanguagePairDataset, ListDataset
+from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.tasks.fairseq_task import FairseqTask
 
@@ -97,6 +98,13 @@ class TranslationHub(GeneratorHubInterface):
             max_positions=self.max_positions,
             disable_iterator_cache=True,
         ).next_epoch_itr(shuffle=False)
+
+    def string(self, tokens):
+        """The words of a translation; also without language tokens that a model has put there."""
+        args, (_, spec) = self.task.args, self.task.args.langtoks["main"]
+        names = [get_lang_tok(lang, args.lang_tok_style, spec or "") for lang in self.task.langs]
+        ignored = {self.tgt_dict.index(name) for name in names} - {self.tgt_dict.unk()}
+        return self.tgt_dict.string(tokens, extra_symbols_to_ignore=ignored)
 
     @property
     def _language_token(self):

@@ -17,6 +17,7 @@ ADAPTIVE = "the gates are not trained by adaptive_loss, which this needs; leave 
 BASE_LAYER = "is another mixture of experts; use --smoe-strata"
 XFORMERS = "attention is that of torch; leave it out"
 PRUNING = "layers cannot be pruned, since every Nth has experts; train fewer with --{}-layers"
+PRECISION = "models translate in 32 bits, or with --fp16 in 16; leave it out"
 ONLY_GENERATE = "fairseq-interactive does not have it; use fairseq-generate"
 
 # by the program that has parsed it: {name: why, and what to do}
@@ -68,8 +69,11 @@ TRANSLATING = {
     "max_len_b_mt": SPEECH,
     "lenpen_mt": SPEECH,
     "eos_token": SPEECH,
-    "bf16": "models translate in 32 bits, or with --fp16 in 16; leave it out",
-    "amp": "models translate in 32 bits, or with --fp16 in 16; leave it out",
+    "memory_efficient_bf16": PRECISION,
+    "bf16": PRECISION,
+    "amp": PRECISION,
+    "checkpoint_shard_count": "a checkpoint in parts is found by the name of the whole; leave it "
+    "out",
     "distributed_world_size": "translate parts with --num-shards and --shard-id",
     "distributed_rank": "translate parts with --num-shards and --shard-id",
 }

@@ -78,6 +78,7 @@ class DiverseWords(Search):
 
     def prune_sentences(self, batch_idxs):
         self.candidate_groups = self.candidate_groups[batch_idxs]
+        self.num_ended = self.num_ended[batch_idxs]
 
     def update_constraints(self, active_hypos):
         """Called with the candidates that become the next beams, (B, beam)."""
@@ -90,6 +91,7 @@ class DiverseWords(Search):
         if step == 0:
             number = torch.arange(beam, device=lprobs.device)
             self.groups = (number // size).expand(batch, beam)
+            self.num_ended = self.groups.new_zeros(batch, self.num_groups)
             # all beams of a group are the same
             lprobs = lprobs.masked_fill((number % size > 0)[None, :, None], -math.inf)
         else:
@@ -99,17 +101,28 @@ class DiverseWords(Search):
         penalty = torch.zeros_like(lprobs)
         found = []  # of each group, twice as many as it has beams, in case half are ends
         for group in range(self.num_groups):
-            others = (self.groups != group).unsqueeze(-1)
+            complete = self.num_ended[:, group, None] >= size
+            others = ((self.groups != group) | complete).unsqueeze(-1)
             of_group = (lprobs - self.strength * penalty).masked_fill(others, -math.inf)
             values, indices = of_group.view(batch, -1).topk(2 * size)
             beams, tokens = indices // vocabulary, indices % vocabulary
+            self._end(group, values[:, :size], tokens[:, :size])
             found.append((values, tokens, beams, torch.full_like(beams, group)))
             if step >= self.num_forced:
                 taken = tokens[:, None, :size].expand(batch, beam, size)
                 paid = 1 + common.gather(2, beams[:, None, :size].expand_as(taken))
-                penalty.scatter_add_(2, taken, paid.to(penalty))
+                possible = values[:, None, :size] > -math.inf
+                penalty.scatter_add_(2, taken, (paid * possible).to(penalty))
         values, tokens, beams, self.candidate_groups = self._order(found, size)
         return values, tokens, beams
+
+    def _end(self, group, values, tokens):
+        """Count the hypotheses of a group that end, and forbid more of them than its beams."""
+        ends = (tokens == self.eos) & (values > -math.inf)
+        room = values.size(1) - self.num_ended[:, group, None]
+        too_many = ends & (ends.cumsum(1) > room)
+        values.masked_fill_(too_many, -math.inf)
+        self.num_ended[:, group] += (ends & ~too_many).sum(1)
 
     def _order(self, found, size):
         """Put first what the generator takes, so that every group keeps its number of beams: the
