@@ -2,6 +2,7 @@
 
 import sys
 
+from fairseq_smoe.generation import hooks as generation_hooks
 from fairseq_smoe.training import compat, hooks
 from fairseq_smoe.translation.own_modules import import_named_modules
 
@@ -9,8 +10,9 @@ compat.apply()
 # before the model, whose options include those of user-defined gates and experts
 import_named_modules(sys.argv[1:])
 hooks.apply()
+generation_hooks.apply()
 
-from fairseq_smoe.generation import hooks as generation_hooks  # noqa: E402
+from fairseq_smoe.generation import hub  # noqa: E402
 from fairseq_smoe.translation import criterion, model, task  # noqa: E402,F401
 
-generation_hooks.apply()
+hub.use_for_our_task()

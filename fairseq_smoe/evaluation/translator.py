@@ -10,8 +10,8 @@ from fairseq import utils
 
 from fairseq_smoe.evaluation.folder import say
 from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
-from fairseq_smoe.evaluation.shortened import ShortenedDataset
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
+from fairseq_smoe.translation.shortened import ShortenedDataset, describe_shortened, first_few
 from fairseq_smoe.translation.task import SMoETranslationTask
 
 
@@ -62,9 +62,11 @@ class DirectionTask(SMoETranslationTask):
         super().__init__(args, task.langs, task.dicts, training=False)
         self.meter = meter
 
+    def make_capacity_meter(self, models):
+        return self.meter
+
     def build_generator(self, models, args, **kwargs):
-        generator = super(SMoETranslationTask, self).build_generator(models, args, **kwargs)
-        self.capacity_meter = self.meter
+        generator = super().build_generator(models, args, **kwargs)
         generator.model = LeanBeamModel(models)
         generator.model.set_decoder_beam_size(generator.beam_size)
         return generator.eval()
@@ -122,13 +124,11 @@ class Translator:
         task.load_dataset(subset)
         longest = min(self.task.max_positions()[0], self.model.max_positions()[0])
         dataset = ShortenedDataset(task.dataset(subset), longest)
-        sizes = dataset.source_sizes()
-        if dataset.num_shortened:
-            say(
-                f"warning: {subset} {direction}: {dataset.num_shortened} sentence(s) of more than "
-                f"the {longest} tokens that the model takes (--max-source-positions in training); "
-                "their ends are not translated"
-            )
+        sizes = dataset.sizes[:, 0].tolist()
+        cut = dataset.shortened()
+        if len(cut):
+            where = f"{subset} {direction}, lines {first_few(cut + 1)}"
+            say(f"warning: {describe_shortened(where, longest)}")
         generator = task.build_generator([self.model], Namespace(**asdict(self.settings)))
         ignored = generator.symbols_to_strip_from_output
         hypotheses = [None] * len(dataset)

@@ -6,7 +6,6 @@ from functools import wraps
 import torch
 from fairseq import tasks, utils
 from fairseq.data import LanguagePairDataset, ListDataset
-from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.tasks.fairseq_task import FairseqTask
 
@@ -38,7 +37,7 @@ class TranslationHub(GeneratorHubInterface):
             sentences, batched = tokenized_sentences.unsqueeze(0), False
         else:
             sentences, batched = tokenized_sentences, True
-        if prefix_allowed_tokens_fn is not None and self._language_token is not None:
+        if prefix_allowed_tokens_fn is not None and self.task.language_tokens.target is not None:
             prefix_allowed_tokens_fn = self._after_language_token(prefix_allowed_tokens_fn)
         found = super().generate(
             sentences, *args, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, **kwargs
@@ -101,21 +100,11 @@ class TranslationHub(GeneratorHubInterface):
 
     def string(self, tokens):
         """The words of a translation; also without language tokens that a model has put there."""
-        args, (_, spec) = self.task.args, self.task.args.langtoks["main"]
-        names = [get_lang_tok(lang, args.lang_tok_style, spec or "") for lang in self.task.langs]
-        ignored = {self.tgt_dict.index(name) for name in names} - {self.tgt_dict.unk()}
-        return self.tgt_dict.string(tokens, extra_symbols_to_ignore=ignored)
-
-    @property
-    def _language_token(self):
-        """Its id, or None where translations have none."""
-        args, (_, spec) = self.task.args, self.task.args.langtoks["main"]
-        if spec and not args.lang_tok_replacing_bos_eos:
-            return self.task.data_manager.get_decoder_langtok(args.target_lang, spec)
+        return self.tgt_dict.string(tokens, extra_symbols_to_ignore=self.task.language_tokens.known)
 
     def _without_language_token(self, hypothesis):
-        tokens = hypothesis["tokens"]
-        if self._language_token is None or tokens[0] != self._language_token:
+        tokens, language_token = hypothesis["tokens"], self.task.language_tokens.target
+        if language_token is None or tokens[0] != language_token:
             return hypothesis
         scores = hypothesis["positional_scores"][1:]
         return {**hypothesis, "tokens": tokens[1:], "positional_scores": scores}

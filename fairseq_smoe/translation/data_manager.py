@@ -23,6 +23,7 @@ from fairseq.data import ConcatDataset, data_utils, indexed_dataset
 from fairseq.data.multilingual.multilingual_data_manager import MultilingualDatasetManager
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.translation.hyphens import explain_hyphens
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,15 @@ class DirectionDataManager(MultilingualDatasetManager):
       shards of a direction.
     * It draws the sentences of a direction equally often.
     * It leaves directions without validation or test files out of those splits.
+    * It opens a set without a target side, to translate it.
+
+    Attributes:
+        needs_target: whether the target side has to be there.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
+        self.needs_target = True
         self._open_files = WeakValueDictionary()  # closed with the last dataset that uses one
 
     @classmethod
@@ -78,6 +84,11 @@ class DirectionDataManager(MultilingualDatasetManager):
         loaded = {}
 
         def load_once(path):
+            if not training and not os.path.isfile(path) and args.source_lang:
+                # all languages have the same dictionary; data to translate may have one side only
+                folder, name = os.path.split(path)
+                if name == f"dict.{args.target_lang}.txt":
+                    path = os.path.join(folder, f"dict.{args.source_lang}.txt")
             if not os.path.isfile(path):
                 raise OptionError(
                     f"{path}: no such dictionary; give a data folder with one for every language "
@@ -101,9 +112,19 @@ class DirectionDataManager(MultilingualDatasetManager):
                     "format is recognised"
                 )
             dataset = super().load_data(path, vdict, impl)
-            if not dataset.supports_prefetch:  # with prefetching, it cannot be shared
+            if dataset is None:
+                logger.info(f"{path}: no such files, no references")
+            elif not dataset.supports_prefetch:  # with prefetching, it cannot be shared
                 self._open_files[path] = dataset
         return dataset
+
+    def load_lang_dataset(self, *args, max_source_positions, **kwargs):
+        """The two sides of a direction. With --truncate-source, fairseq forgets the language token,
+        which is added to what it has truncated."""
+        specs = self.args.langtoks.values()
+        if any(source for source, _ in specs) and not self.args.lang_tok_replacing_bos_eos:
+            max_source_positions -= 1
+        return super().load_lang_dataset(*args, max_source_positions=max_source_positions, **kwargs)
 
     def load_a_dataset(self, *args, **kwargs):
         """The dataset of one direction, whose sentences are drawn equally often."""
@@ -138,6 +159,8 @@ class DirectionDataManager(MultilingualDatasetManager):
             folders = utils.split_paths(self.args.data)[:1]  # as fairseq does
         present = find_all_pairs(folders, split)
         found = [d for d in self.lang_pairs if pair_of(d, present)]
+        if not (found or self.needs_target):
+            found = [d for d in self.lang_pairs if has_source(folders[0], split, d)]
         missing = [d for d in self.lang_pairs if d not in found]
         if not found or (missing and for_training):
             raise OptionError(_explain_missing(self.args, missing[0], split, for_training, present))
@@ -256,6 +279,8 @@ def _explain_missing(args, direction, split, for_training, present):
         option = f"--valid-subset {split}"
         remedy = "name another set or give --disable-validation"
     some = ", ".join(sorted(present)[:5] + ["..."] * (len(present) > 5))
+    if hyphenated := explain_hyphens(find_shards(args.data), split):
+        remedy = hyphenated
     return (
         f"{option}: no {split} sentences of {direction} in {args.data}, which has "
         f"{f'some of {some}' if some else 'none at all'}; {remedy}"
@@ -293,6 +318,18 @@ def find_pairs(folder, split):
             for kind in ("idx", "bin")
         )
     }
+
+
+def has_source(folder, split, direction):
+    """Whether a folder has the source side of a split in a direction, in a pair's usual files."""
+    source = direction.split("-")[0]
+    prefixes = [
+        os.path.join(folder, f"{split}.{d}.{source}") for d in (direction, reverse_of(direction))
+    ]
+    return any(
+        all(os.path.isfile(f) and os.path.getsize(f) for f in (f"{p}.idx", f"{p}.bin"))
+        for p in prefixes
+    )
 
 
 def find_all_pairs(folders, split):

@@ -5,6 +5,7 @@ import json
 import os
 from argparse import ArgumentTypeError
 from copy import copy
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,14 @@ from fairseq_smoe.translation.data_manager import (
     DirectionDataManager,
     all_directions,
     check_training_files,
+    find_shards,
 )
+from fairseq_smoe.translation.empty_sources import translate_sentences
+from fairseq_smoe.translation.hyphens import HYPHENS, explain_hyphens
+from fairseq_smoe.translation.language_tokens import LanguageTokens
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
 from fairseq_smoe.translation.own_modules import MODULES_HELP
-from fairseq_smoe.translation.searches import search_for_words
 from fairseq_smoe.translation.task_files import LANGS_FILE
 
 
@@ -183,33 +187,6 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         if self.validation_bleu is not None:
             self.validation_bleu.log(logging_outputs)
 
-    def build_generator(
-        self,
-        models,
-        args,
-        seq_gen_cls=None,
-        extra_gen_cls_kwargs=None,
-        prefix_allowed_tokens_fn=None,
-    ):
-        if self.args.target_lang is None:
-            raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
-        if self.capacity_meter is None:  # its hooks stay on the models
-            self.capacity_meter = CapacityMeter(models)
-        if prefix_allowed_tokens_fn is not None:  # the parent takes it from here only
-            args = copy(args)
-            args.prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
-        generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
-        if hasattr(generator, "search"):  # a scorer has none
-            source, target = (
-                bool(spec) and not self.args.lang_tok_replacing_bos_eos
-                for spec in self.args.langtoks["main"]
-            )
-            generator.search = search_for_words(
-                generator.search, self.target_dictionary, int(source), int(target)
-            )
-            generator.should_set_src_lengths = getattr(generator.search, "needs_src_lengths", False)
-        return generator
-
     def get_batch_iterator(
         self, dataset, *args, skip_remainder_batch=False, grouped_shuffling=False, **kwargs
     ):
@@ -222,10 +199,66 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None):
         dataset = super().build_dataset_for_inference(src_tokens, src_lengths)
         dataset.constraints = constraints  # as fairseq's task translation does
+        if self.language_tokens.in_source:
+            dataset.sizes = dataset.src_sizes = dataset.src.sizes  # with the language token
         return dataset
 
+    def build_generator(
+        self,
+        models,
+        args,
+        seq_gen_cls=None,
+        extra_gen_cls_kwargs=None,
+        prefix_allowed_tokens_fn=None,
+    ):
+        if self.args.target_lang is None:
+            raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
+        if self.capacity_meter is None:  # its hooks stay on the models
+            self.capacity_meter = self.make_capacity_meter(models)
+        if prefix_allowed_tokens_fn is not None:  # the parent takes it from here only
+            args = copy(args)
+            args.prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
+        generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
+        self.language_tokens.prepare(generator)
+        if getattr(self.args, "keep_inference_langtok", False):
+            generator.symbols_to_strip_from_output = {generator.eos}
+        return generator
+
+    def make_capacity_meter(self, models):
+        """Of the models that translate."""
+        return CapacityMeter(models)
+
+    @cached_property
+    def language_tokens(self):
+        """:class:`LanguageTokens` of the direction to translate."""
+        return LanguageTokens(self.args, self.langs, self.data_manager)
+
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
-        hypotheses = super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        """Translate a batch.
+
+        Args:
+            prefix_tokens: (B, P) words that the translations begin with, without a language token;
+                or None.
+
+        Returns:
+            hypotheses of every sentence, as :class:`fairseq.sequence_generator.SequenceGenerator`
+            makes them. Their tokens begin with the language token. Those of a source without words
+            are empty.
+        """
+
+        def translate(batch):
+            return super(SMoETranslationTask, self).inference_step(
+                generator, models, batch["sample"], batch["prefix"], batch["constraints"]
+            )
+
+        prefix = self.language_tokens.before(prefix_tokens, sample)
+        batch = {"sample": sample, "prefix": prefix, "constraints": constraints}
+        if hasattr(generator, "beam_size"):
+            has_words = sample["net_input"]["src_lengths"] > 1 + self.language_tokens.in_source
+            eos, size = generator.eos, generator.beam_size
+            hypotheses = translate_sentences(translate, batch, has_words, eos, size)
+        else:
+            hypotheses = translate(batch)  # scores references
         self._report_capacity(len(hypotheses))
         return hypotheses
 
@@ -268,9 +301,10 @@ def complete_languages(args, checkpoint=None):
     if args.source_lang and args.target_lang and args.lang_pairs is None:
         args.lang_pairs = f"{args.source_lang}-{args.target_lang}"
     if args.lang_pairs is None:
-        args.lang_pairs = ",".join(
-            all_directions(args.data, getattr(args, "train_subset", None) or "train")
-        )
+        split = getattr(args, "train_subset", None) or "train"
+        if hyphenated := explain_hyphens(find_shards(args.data), split):
+            raise OptionError(hyphenated)
+        args.lang_pairs = ",".join(all_directions(args.data, split))
     if not args.lang_pairs:
         raise OptionError(
             f"{folder}: holds no training files; give the output of prepare or fairseq-preprocess, "
@@ -294,11 +328,16 @@ def complete_languages(args, checkpoint=None):
         missing = "--target-lang" if args.source_lang else "--source-lang"
         raise OptionError(f"{missing}: give both --source-lang and --target-lang to translate")
     if args.source_lang:
+        for option in ("source_lang", "target_lang"):
+            code = getattr(args, option)
+            if "-" in code:
+                raise OptionError(f"--{option.replace('_', '-')} {code}: {HYPHENS}")
         pairs = [f"{args.source_lang}-{args.target_lang}"]
     for pair in pairs:
         if pair.count("-") != 1:
             raise OptionError(
-                f"--lang-pairs {pair}: expected source and target joined by one hyphen, e.g. en-de"
+                f"--lang-pairs {pair}: expected source and target joined by one hyphen, e.g. "
+                f"en-de{f'; {HYPHENS}' if pair.count('-') > 1 else ''}"
             )
         for lang in pair.split("-"):
             if langs is not None and lang not in langs:

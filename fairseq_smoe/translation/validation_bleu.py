@@ -7,6 +7,7 @@ from sacrebleu.metrics import BLEU
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.criterion import take_routing_stats
+from fairseq_smoe.translation.language_tokens import count_words
 
 ORDER = 4  # n-grams of BLEU
 # columns of the statistics: matches and totals of each order, lengths of translation and reference
@@ -117,7 +118,10 @@ class ValidationBLEU:
             max_len_a=MAX_LEN_A,
             max_len_b=MAX_LEN_B,
         )
-        prefix = None if self.prefix is None else self.prefix[direction_B].to(tokens)
+        prefix = None
+        if self.prefix is not None:
+            prefix = self.prefix[direction_B].to(tokens)
+            count_words(generator)
         sample = {"net_input": {"src_tokens": tokens, "src_lengths": lengths}}
         hypotheses = generator.generate([model], sample, prefix_tokens=prefix)
         take_routing_stats(model)  # drop the statistics of translations
