@@ -137,14 +137,6 @@ class DirectionDataManager(MultilingualDatasetManager):
         dataset.random_choice_in_dataset = partial(draw_evenly, len(dataset))
         return dataset
 
-    def load_lang_dataset(self, *args, max_source_positions, **kwargs):
-        """The files of one direction. With --truncate-source, there is room for the language token,
-        which fairseq adds to a source that is full already."""
-        room = bool(self.args.langtoks["main"][0] and not self.args.lang_tok_replacing_bos_eos)
-        return super().load_lang_dataset(
-            *args, max_source_positions=max_source_positions - room, **kwargs
-        )
-
     def get_data_paths_and_lang_pairs(self, split):
         """The folders of a split and its directions: in training, all of --lang-pairs; else those
         of --lang-pairs that have files.

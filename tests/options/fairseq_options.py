@@ -74,13 +74,13 @@ HEAD = """\
 # Which of fairseq's options work
 
 Most options of fairseq-train, fairseq-generate and fairseq-interactive work with `--task
-smoe_translation` as with fairseq's own tasks. Some do not work in fairseq's multilingual tasks, and are
-repaired here. Others are refused: the command ends at once, with a line that names the option, its
-value, and what to do.
+smoe_translation` as with fairseq's own tasks. Some do not work in fairseq's multilingual tasks, and
+are repaired here. Others are refused: the command ends at once, with a line that names the option,
+its value, and what to do.
 
 The tables are made of the cases of a test that runs every option, in
-[`tests/options/cases.toml`](../tests/options/cases.toml). The first command runs all of them, the second
-writes this page:
+[`tests/options/cases.toml`](../tests/options/cases.toml). The first command runs all of them, the
+second writes this page:
 
     pytest tests/options -m slow
     python tests/options/fairseq_options.py > docs/fairseq-options.md
