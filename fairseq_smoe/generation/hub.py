@@ -10,6 +10,9 @@ from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.tasks.fairseq_task import FairseqTask
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.generation.batches import fit_batches
+from fairseq_smoe.generation.warn import warn
+from fairseq_smoe.translation.shortened import describe_shortened, first_few
 from fairseq_smoe.translation.task import SMoETranslationTask
 
 
@@ -19,6 +22,10 @@ class TranslationHub(GeneratorHubInterface):
     ``encode``, ``decode``, ``translate``, ``sample`` and ``generate`` are fairseq's. The target
     language's token is not theirs to see: ``generate`` forces and removes it.
     """
+
+    def __init__(self, cfg, task, models):
+        super().__init__(cfg, task, models)
+        fit_batches(task, _warn_of_shortened)
 
     def direction(self, source_lang, target_lang):
         """The same model, with the same parameters in memory, for another direction."""
@@ -116,6 +123,12 @@ class TranslationHub(GeneratorHubInterface):
             return allowed(sentence, torch.cat([prefix[:1], prefix[2:]]))
 
         return allowed_after
+
+
+def _warn_of_shortened(dataset, longest):
+    cut = dataset.shortened()
+    if len(cut):
+        warn(describe_shortened(f"sentence {first_few(cut + 1)}", longest))
 
 
 def use_for_our_task():

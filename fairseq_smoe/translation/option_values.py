@@ -152,9 +152,9 @@ def check_search(args):
             f"expected a divisor of --beam {args.beam}",
         ),
         (
-            args.constraints is not None and args.lang_tok_replacing_bos_eos,
-            "constraints",
-            "not possible with --lang-tok-replacing-bos-eos",
+            args.replace_unk is not None and args.score_reference,
+            "score_reference",
+            "scores the words that are there; leave out --replace-unk",
         ),
         (
             not 0 <= args.shard_id < args.num_shards,

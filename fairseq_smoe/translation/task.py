@@ -213,6 +213,11 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     ):
         if self.args.target_lang is None:
             raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
+        if getattr(args, "constraints", None) and self.language_tokens.replacing:
+            raise OptionError(
+                f"--constraints {args.constraints}: not possible for a model that was trained with "
+                "--lang-tok-replacing-bos-eos; leave it out"
+            )
         if self.capacity_meter is None:  # its hooks stay on the models
             self.capacity_meter = self.make_capacity_meter(models)
         if prefix_allowed_tokens_fn is not None:  # the parent takes it from here only

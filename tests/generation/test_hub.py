@@ -25,9 +25,17 @@ def test_translate(model, data, text, trained):
     expected = generate(data, trained("smoe"), "en-aa", beam=5).sentences
     assert model.translate(sources) == [expected[i][1] for i in range(12)]
     assert model.translate(sources[3]) == expected[3][1]
-    assert model.translate([]) == []
+    assert model.translate([]) == [] and model.score([], []) == []
+    assert model.translate(["en1 en2", "", "en4 en5"]) == ["aa2 aa1", "", "aa5 aa4"]
     for sentence in model.sample(sources, sampling=True, temperature=3.0):
         assert sentence and "__" not in sentence
+
+
+def test_a_sentence_that_is_too_long(model, capsys):
+    """It is cut, with a warning, and the others are translated."""
+    found = model.translate(["en1 en2", "en3 " * 2000, "en4 en5"])
+    assert found[::2] == ["aa2 aa1", "aa5 aa4"]
+    assert "sentence 2: more than the 1024 tokens" in capsys.readouterr().err
 
 
 def test_encode_and_decode(model):
