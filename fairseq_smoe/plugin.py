@@ -12,4 +12,7 @@ import_named_modules(sys.argv[1:])
 hooks.apply()
 generation_hooks.apply()
 
+from fairseq_smoe.generation import hub  # noqa: E402
 from fairseq_smoe.translation import criterion, model, task  # noqa: E402,F401
+
+hub.use_for_our_task()

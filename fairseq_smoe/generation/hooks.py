@@ -7,19 +7,21 @@ import sys
 
 from fairseq_smoe.generation.generate import change_generate
 from fairseq_smoe.generation.interactive import change_interactive
+from fairseq_smoe.generation.options import change_options
 from fairseq_smoe.patching import when_imported
 
+# change_options comes last: what it does to a task is below the changes for printing
 CHANGES = {
-    "fairseq_cli.generate": change_generate,
-    "fairseq_cli.interactive": change_interactive,
+    "fairseq_cli.generate": (change_generate, change_options),
+    "fairseq_cli.interactive": (change_interactive, change_options),
 }
 
 
 def apply():
     program = sys.modules["__main__"]
-    for name, change in CHANGES.items():
-        when_imported(name, change)
-        if (
-            getattr(getattr(program, "__spec__", None), "name", None) == name
-        ):  # python -m fairseq_cli.interactive
-            change(program)
+    run = getattr(getattr(program, "__spec__", None), "name", None)  # by python -m
+    for name, changes in CHANGES.items():
+        for change in changes:
+            when_imported(name, change)
+            if run == name:
+                change(program)

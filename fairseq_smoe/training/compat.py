@@ -25,6 +25,7 @@ def apply():
     keep_the_last_batch()
     write_log_files_once()
     explain_chosen_parts_in_help()
+    refuse_options_that_do_not_work()
     print_user_errors_in_one_line()
 
 
@@ -173,6 +174,33 @@ def explain_chosen_parts_in_help():
 
             parser.parse_known_args = parse_without_help
         return stock(parser, input_args, *args, **kwargs)
+
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def refuse_options_that_do_not_work():
+    """Many of fairseq's options are for other tasks, and end in a traceback or have no effect. Some
+    only print what they should do."""
+    from fairseq import options
+
+    from fairseq_smoe.translation.refused_options import TASK, check_parsed
+
+    stock = options.parse_args_and_arch
+
+    @wraps(stock)
+    def parse_args_and_arch(parser, input_args=None, *args, **kwargs):
+        words = sys.argv[1:] if input_args is None else list(map(str, input_args))
+        if "--sacrebleu" in words and "--scoring" not in words and TASK in words:
+            input_args = [*words, "--scoring", "sacrebleu"]
+        parsed = stock(parser, input_args, *args, **kwargs)
+        options_of_all = parsed[0] if isinstance(parsed, tuple) else parsed
+        complete = hasattr(options_of_all, "dataset_impl")  # else only those that were given
+        if complete and getattr(options_of_all, "task", None) == TASK:
+            check_parsed(options_of_all, parser.get_default)
+            if hasattr(options_of_all, "beam"):
+                # fairseq-interactive would read its input in as many processes as there are GPUs
+                options_of_all.distributed_world_size = 1
+        return parsed
 
     options.parse_args_and_arch = parse_args_and_arch
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from fairseq import checkpoint_utils
 from fairseq.tasks import TASK_REGISTRY
 
-from fairseq_smoe.errors import CheckpointError
+from fairseq_smoe.errors import CheckpointError, complaints_in_one_line
 from fairseq_smoe.patching import Overlay
 from fairseq_smoe.training.fully_sharded import check_options
 from fairseq_smoe.training.steering import reason_to_end
@@ -37,9 +37,11 @@ def _checking_files(stock):
         args = cfg if isinstance(cfg, Namespace) else cfg.task
         task = TASK_REGISTRY.get(getattr(args, "_name", None) or getattr(args, "task", None))
         check = getattr(task, "check_training_files", None)
-        if check is not None:
+        if check is None:
+            return stock(cfg)
+        with complaints_in_one_line():
             check(args)
-        return stock(cfg)
+            return stock(cfg)
 
     return main
 

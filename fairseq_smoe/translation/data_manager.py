@@ -105,6 +105,12 @@ class DirectionDataManager(MultilingualDatasetManager):
         """The dataset of one file, without language tokens; all directions that use it share it."""
         dataset = self._open_files.get(path)
         if dataset is None:
+            found = indexed_dataset.infer_dataset_impl(path)
+            if impl is not None and impl != found and (impl == "mmap" or found == "mmap"):
+                raise OptionError(
+                    f"--dataset-impl {impl}: {path}.idx has the format {found}; leave it out, the "
+                    "format is recognised"
+                )
             dataset = super().load_data(path, vdict, impl)
             if dataset is None:
                 logger.info(f"{path}: no such files, no references")
@@ -123,6 +129,8 @@ class DirectionDataManager(MultilingualDatasetManager):
     def load_a_dataset(self, *args, **kwargs):
         """The dataset of one direction, whose sentences are drawn equally often."""
         dataset = super().load_a_dataset(*args, **kwargs)
+        # fairseq's multilingual tasks do not pass it on
+        dataset.pad_to_multiple = getattr(self.args, "required_seq_len_multiple", 1)
         # fairseq calls this to draw sentences. Its own version draws all of them with replacement
         # if it wants one sentence more than there are, and thus misses a third of a direction that
         # it means to read once
@@ -174,6 +182,22 @@ class DirectionDataManager(MultilingualDatasetManager):
                 sizes = [self._count_sentences(folder, split, direction) for folder in folders]
                 self._training_data_sizes[key].update(enumerate(sizes))
         return super().get_train_dataset_sizes(data_param_list, datasets, epoch, shard_epoch)
+
+    def get_sampling_ratios(self, data_param_list, datasets, *args, **kwargs):
+        """The weight of each direction in sampling.
+
+        Raises:
+            OptionError: --sampling-weights or --sampling-weights-from-file lack one.
+        """
+        try:
+            return super().get_sampling_ratios(data_param_list, datasets, *args, **kwargs)
+        except KeyError as error:
+            from_file = self.args.sampling_weights_from_file
+            option = "--sampling-weights" + (f"-from-file {from_file}" if from_file else "")
+            needed = ", ".join(key for key, _ in datasets)
+            raise OptionError(
+                f"{option}: no weight for {error}; give one for each of {needed}"
+            ) from error
 
     def _shards_by_key(self, split):
         """``{"main:en-de": [folders with files of this direction]}``, without those of
@@ -227,6 +251,15 @@ def check_training_files(args):
     for direction in directions:
         if pair_of(direction, present) is None:
             raise OptionError(_explain_missing(args, direction, split, True, present))
+    for name, directions in (args.extra_lang_pairs or {}).items():
+        folders = utils.split_paths(args.extra_data[name])
+        present = find_all_pairs(filter(os.path.isdir, folders), split)
+        for direction in directions.split(","):
+            if pair_of(direction, present) is None:
+                raise OptionError(
+                    f"--extra-lang-pairs {name}: no {split} sentences of {direction} in "
+                    f"{args.extra_data[name]}; leave this direction out"
+                )
 
 
 def _explain_missing(args, direction, split, for_training, present):

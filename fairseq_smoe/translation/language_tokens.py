@@ -3,6 +3,8 @@
 import torch
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
+from fairseq_smoe.translation.searches import search_for_words
+
 
 class LanguageTokens:
     """The tokens that the task adds to a sentence of one direction.
@@ -48,13 +50,18 @@ class LanguageTokens:
 
     def prepare(self, generator):
         """Let a generator count, align and print the words only."""
-        if self.target is not None:
-            generator.symbols_to_strip_from_output.add(self.target)
-        if hasattr(generator, "max_len_b"):  # a scorer of references does not search
+        generator.symbols_to_strip_from_output |= self.all_targets
+        if hasattr(generator, "search"):  # a scorer of references does not search
             # in the middle of a sentence, they are no words
             generator.token_indices_to_suppress = torch.tensor(
                 sorted(self.all_targets), dtype=torch.long
             )
+            in_target = int(self.target is not None)
+            search = search_for_words(
+                generator.search, generator.tgt_dict, self.in_source, in_target
+            )
+            generator.search = search
+            generator.should_set_src_lengths = getattr(search, "needs_src_lengths", False)
             if self.target is not None:
                 count_words(generator)
         if extract := getattr(generator, "extract_alignment", None):

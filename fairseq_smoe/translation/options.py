@@ -142,6 +142,8 @@ def _flat_transformer_fields():
             if inner.name == "_name" or name in derived:
                 continue
             kind = Optional[int] if name in defaults and defaults[name] is None else inner.type
+            if name.endswith("layers_to_keep"):
+                kind = Optional[str]  # fairseq's parser fails at its own type
             default = defaults.get(name, inner.default)
             yield name, kind, field(default=default, metadata=dict(inner.metadata))
 

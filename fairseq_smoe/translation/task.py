@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -21,6 +22,7 @@ from fairseq_smoe.translation.language_tokens import LanguageTokens
 from fairseq_smoe.translation.languages import complete_languages
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
+from fairseq_smoe.translation.option_values import python_dictionary
 from fairseq_smoe.translation.own_modules import MODULES_HELP
 from fairseq_smoe.translation.too_long import TooLong
 
@@ -39,6 +41,11 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     @staticmethod
     def add_args(parser):
         TranslationMultiSimpleEpochTask.add_args(parser)
+        for action in parser._actions:
+            if action.dest in ("extra_data", "extra_lang_pairs", "langtoks", "sampling_weights"):
+                action.type = python_dictionary  # fairseq's executes any code
+            if action.dest in ("left_pad_source", "left_pad_target"):
+                action.choices = ("True", "False")
         parser.set_defaults(
             sampling_method="temperature",
             sampling_temperature=1.0,
@@ -134,12 +141,25 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     def _data_record(self):
         return language_options.record_of(self.args, self.langs, self.dicts)
 
-    def get_batch_iterator(self, dataset, max_tokens=None, *args, max_positions=None, **kwargs):
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_tokens=None,
+        *args,
+        max_positions=None,
+        skip_remainder_batch=False,
+        grouped_shuffling=False,
+        **kwargs,
+    ):
         if self.training:  # fairseq does this for training sets only
             max_positions = utils.resolve_max_positions(max_positions, max_tokens)
-        return super().get_batch_iterator(
+        iterator = super().get_batch_iterator(
             dataset, max_tokens, *args, max_positions=max_positions, **kwargs
         )
+        # fairseq's multilingual task does not pass these two options on
+        iterator.skip_remainder_batch = skip_remainder_batch
+        iterator.grouped_shuffling = grouped_shuffling
+        return iterator
 
     def filter_indices_by_size(self, indices, dataset, max_positions=None, *args, **kwargs):
         if not (self.training and isinstance(max_positions, tuple)):
@@ -185,15 +205,32 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             self.validation_bleu.log(logging_outputs)
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None):
-        dataset = super().build_dataset_for_inference(src_tokens, src_lengths, constraints)
+        dataset = super().build_dataset_for_inference(src_tokens, src_lengths)
+        dataset.constraints = constraints  # as fairseq's task translation does
         if self.language_tokens.in_source:
             dataset.sizes = dataset.src_sizes = dataset.src.sizes  # with the language token
         return dataset
 
-    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None):
+    def build_generator(
+        self,
+        models,
+        args,
+        seq_gen_cls=None,
+        extra_gen_cls_kwargs=None,
+        prefix_allowed_tokens_fn=None,
+    ):
         if self.args.target_lang is None:
             raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
-        self.capacity_meter = self.make_capacity_meter(models)
+        if getattr(args, "constraints", None) and self.language_tokens.replacing:
+            raise OptionError(
+                f"--constraints {args.constraints}: not possible for a model that was trained with "
+                "--lang-tok-replacing-bos-eos; leave it out"
+            )
+        if self.capacity_meter is None:  # its hooks stay on the models
+            self.capacity_meter = self.make_capacity_meter(models)
+        if prefix_allowed_tokens_fn is not None:  # the parent takes it from here only
+            args = copy(args)
+            args.prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
         generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs)
         self.language_tokens.prepare(generator)
         if getattr(self.args, "keep_inference_langtok", False):
