@@ -119,12 +119,11 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
     def _gate_losses(self, stats):
         """``{name: (weight, loss_L)}``, with the losses of the L expert layers that have this
         loss."""
-        weights, losses = {}, {}
+        weights, losses = {BALANCE_LOSS: self.gate_loss_weight}, {}
         for of_layer in stats.values():
             weights |= of_layer.loss_weights
             for name, loss in of_layer.losses.items():
                 losses.setdefault(name, []).append(loss.float())
-        weights[BALANCE_LOSS] = self.gate_loss_weight
         return {name: (weights[name], torch.stack(of_layers)) for name, of_layers in losses.items()}
 
     def compute_loss(self, model, net_output, sample, reduce=True):

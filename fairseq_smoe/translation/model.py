@@ -14,6 +14,7 @@ from fairseq.models.transformer import (
 )
 
 from fairseq_smoe.checkpoints.parts import load_experts
+from fairseq_smoe.moe.doors import pool_of
 from fairseq_smoe.moe.expert_group import form_expert_group
 from fairseq_smoe.translation.checkpoint_layout import check_layout, check_vocabulary
 from fairseq_smoe.translation.layers import SMoEDecoderLayer, SMoEEncoderLayer, find_expert_group
@@ -88,7 +89,7 @@ class SMoETransformer(TransformerModelBase):
         in_step = dist.is_initialized() and getattr(task, "trains_in_step", True)
         if strata is not None and in_step and dist.get_world_size() > 1:
             options.expert_group = form_expert_group(
-                expert_parallel_size(options, strata, dist.get_world_size()),
+                expert_parallel_size(options, pool_of(options, strata), dist.get_world_size()),
                 getattr(getattr(task, "args", None), "distributed_timeout", None),
             )
         return super().build_model(TransformerConfig.from_namespace(options), task)
