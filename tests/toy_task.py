@@ -37,6 +37,10 @@ MODELS = {
     ],
     "stacking": ["--smoe-strata", "4-4", "--smoe-stacking"],
     "smoe": ["--smoe-strata", "2-2-2-2"],
+    "dynmoe": [
+        *("--smoe-strata", "4-4", "--moe-gate", "top-any", "--moe-max-experts", "6"),
+        *("--dyn-update-interval", "50", "--dyn-record-interval", "20"),
+    ],
 }
 
 

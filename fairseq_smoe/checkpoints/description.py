@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
+from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes, live_experts
 from fairseq_smoe.checkpoints.parts import Parted, is_expert_parameter, read_checkpoint
 
 # entries of fairseq's models that are not trained
@@ -21,9 +21,11 @@ def describe(path):
     sizes = gate_sizes(model)
     experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
     parted = [value for value in experts.values() if isinstance(value, Parted)]
+    live = live_experts(model)
     return {
         "architecture": _architecture(state),
         "experts": describe_gates(next(iter(sizes.values()), ())),
+        **({"live experts": "{} of {}".format(*live)} if live else {}),
         "expert blocks": len(sizes),
         "parameters": sum(_parameters(model).values()),
         "of experts": sum(_parameters(experts).values()),

@@ -67,12 +67,12 @@ class Gate(Kind, nn.Module):
 
     Attributes:
         weight: (E, D) parameter that :meth:`logits` multiplies with.
-        loss_weights: ``{name: weight}`` of the losses other than the balance loss; with an entry for
-            the balance loss, in place of the criterion's weight.
+        loss_weights: ``{name: weight}`` of the losses other than the balance loss; with an entry
+            for the balance loss, in place of the criterion's weight.
         sizes: number of experts of each stratum that the gate sees, its own first.
         alive_E: (E,) bool buffer, the experts that tokens may visit; None for all.
-        counts: int64 buffer, the sums of what the gate has counted in training; None for a gate that
-            counts nothing. On every process that of the tokens of all processes.
+        counts: int64 buffer, the sums of what the gate has counted in training, over the tokens of
+            all processes; None for a gate that counts nothing.
         recording: whether the gate counts in the next forward passes.
     """
 
@@ -108,7 +108,7 @@ class Gate(Kind, nn.Module):
         self.sizes, self._initially_alive = tuple(sizes), tuple(alive)
 
     def num_alive(self):
-        """Number of experts of each stratum that the gate sees, its own first, that are alive. On the
+        """How many experts of each stratum that the gate sees, its own first, are alive; on the
         meta device, at the start."""
         if self.alive_E is None or self.alive_E.is_meta:
             return list(self._initially_alive)

@@ -59,9 +59,9 @@ def decide(alive, strata, visits, unserved):
 def change_experts(block):
     """Let experts of a block come and go by what its gates have counted, and reset the counts.
 
-    A new expert gets the same vector in all gates that see it: the normalised sum of the tokens that
-    visited no expert at its own stratum's gate. Its threshold is 0. The expert itself is what is in
-    its place: the initial weights, or what an earlier expert has learned.
+    A new expert gets the same vector in all gates that see it, the normalised sum of the tokens
+    that visited no expert at the gate of its stratum, and the threshold 0. Its own weights are
+    those that are in its place: the initial ones, or what an earlier expert has learned.
 
     Returns:
         list of :class:`NewRow`. The values of the gates' rows are not written yet.

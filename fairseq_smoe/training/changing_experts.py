@@ -43,8 +43,8 @@ class ChangingExperts:
 
     @torch.no_grad()
     def after_update(self, update, optimizer):
-        """Every process has to call this after the step of the optimizer, unless the step was skipped;
-        what was counted for it is then dropped.
+        """Every process has to call this after a step of the optimizer. After a step that was
+        skipped it must not be called; what was counted for that is dropped.
 
         Args:
             update: its number.

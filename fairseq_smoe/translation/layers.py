@@ -42,8 +42,8 @@ class ExpertLayerMixin:
     It is an attribute because fairseq's decoder ignores what a layer returns beyond three values.
     Code that reads it resets it to None.
 
-    ``counts`` has what the gates have counted: one entry for every forward pass in training since it
-    was last emptied, with one tensor per gate. It is kept here and not in the gates, because with
+    ``counts`` has what the gates have counted: for every forward pass in training since it was last
+    emptied, one tensor per gate. It is kept here and not in the gates, because with
     --checkpoint-activations their forward pass runs twice.
     """
 

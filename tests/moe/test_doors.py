@@ -216,7 +216,7 @@ def build(**changes):
 
 def test_what_the_project_has():
     assert {flag: list(doors.named_kinds(flag)) for flag in doors.DOORS} == {
-        "--moe-gate": ["top-k"],
+        "--moe-gate": ["top-any", "top-k"],
         "--moe-experts": ["ffn"],
         "--moe-arrangement": ["cmr", "stacking"],
     }

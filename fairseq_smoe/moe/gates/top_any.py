@@ -31,8 +31,8 @@ class TopAnyOptions(KindOptions):
     )
     dyn_update_interval: int = option(
         300,
-        "with --moe-gate top-any: after every so many updates, experts that no token visits are "
-        "removed, and one is added to each stratum that has room where tokens visit none (0: never)",
+        "with --moe-gate top-any: after every so many updates, experts that no token visits go, "
+        "and one comes into each stratum that has room and where tokens visit no expert (0: never)",
     )
     dyn_record_interval: int = option(
         100,
@@ -102,11 +102,11 @@ class TopAnyGate(Gate):
     in training, keeps its value, and moves on to the next stratum. In evaluation it visits the best
     one, with weight 1.
 
-    An activation a is 0 or 1; its gradient is passed on to the margin as it is (straight-through),
-    whether it is 0 or 1. The output is the sum of ``a / k * expert(x)``, with the number k of active
-    experts as a constant. Experts compute nothing for a token that does not visit them; their output
-    counts as 0 there. So the translation loss reaches the activations that are 1, while the balance
-    loss and ``gate_efficiency`` reach all.
+    An activation a is 0 or 1; in either case its gradient is passed on to the margin as it is
+    (straight-through). The output is the sum of ``a / k * expert(x)``, with the number k of active
+    experts as a constant. Experts compute nothing for a token that does not visit them, and their
+    output counts as 0 there. So the translation loss reaches the activations that are 1, while the
+    balance loss and ``gate_efficiency`` reach all.
 
     Attributes:
         weight: (E, D) parameter, vectors of the experts.
@@ -196,8 +196,8 @@ class TopAnyGate(Gate):
         return losses
 
     def expected_choices(self):
-        """For a token whose cosine with each expert is as often positive as not, as with the initial
-        vectors, in evaluation."""
+        """In evaluation, if a token's cosine with each expert is as often positive as not, as it is
+        with the initial vectors."""
         number = sum(self.num_alive())
         return number / 2 + 2**-number
 
@@ -212,9 +212,8 @@ class TopAnyGate(Gate):
 
     @torch.no_grad()
     def _count(self, tokens_TD, active_TE, here_T):
-        """What one pass adds to :attr:`counts`. Sums of tokens are integers, too: they do not depend
-        on the order of addition, so that all ways to spread the tokens give the same, and half
-        precision does not touch them."""
+        """What one pass adds to :attr:`counts`. Sums of tokens are integers, too: they depend
+        neither on the order of addition nor on the model's precision."""
         served_T = active_TE.any(dim=1)
         if here_T is not None:
             active_TE, served_T = active_TE & here_T.unsqueeze(1), served_T | ~here_T
@@ -230,8 +229,8 @@ class TopAnyGate(Gate):
 
     @property
     def counted(self):
-        """What :attr:`counts` holds: number of tokens, (E,) how many of them visited each expert, and
-        the (D,) sum of those that visited none."""
+        """What :attr:`counts` holds: the number of tokens, (E,) how many of them visited each
+        expert, and (D,) the sum of those that visited none."""
         num_experts, embed_dim = self.weight.shape
         num_tokens, visits_E, unserved_D = self.counts.split([1, num_experts, embed_dim])
         return int(num_tokens), visits_E.clone(), unserved_D.double() / _FRACTION
