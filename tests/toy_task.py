@@ -48,6 +48,10 @@ MODELS = {
         *("--moe-threshold-weights", "renormalised"),
     ],
     "multi-head": ["--smoe-strata", "4-4", "--moe-heads", "4", "--moe-ffn-dim", "256"],
+    "dynmoe": [
+        *("--smoe-strata", "4-4", "--moe-gate", "top-any", "--moe-max-experts", "6"),
+        *("--dyn-update-interval", "50", "--dyn-record-interval", "20"),
+    ],
 }
 
 

@@ -7,6 +7,8 @@ formulas and compares them with the bytes that a training of four ranks gave to 
 
 from dataclasses import dataclass
 
+from fairseq_smoe.moe.strata import own_experts
+
 COUNT_BYTES = 8  # bytes of a row count: int64
 FULL = 4  # bytes of a number in full precision, which gates and optimizer always use
 
@@ -28,6 +30,7 @@ class Block:
         expert_params: numbers in the parameters of all experts, with the padding of those that are
             smaller than others.
         heads: number of parts of a token of the layer that are tokens here, of D numbers each.
+        idle: experts that no token can visit; those of a pool that are not alive.
     """
 
     embed_dim: int
@@ -38,6 +41,7 @@ class Block:
     choices: tuple
     expert_params: int
     heads: int = 1
+    idle: tuple = ()
 
     @classmethod
     def of(cls, block, heads=1):
@@ -52,6 +56,11 @@ class Block:
             tuple(block.expected_choices()),
             experts.num_stored(),
             heads,
+            idle=tuple(  # at the start, the first places of a stratum are taken
+                e
+                for own, alive in zip(own_experts(block.strata), block.num_alive())
+                for e in own[alive:]
+            ),
         )
 
     def expected_visits(self, tokens):
@@ -67,9 +76,10 @@ class Block:
     def expected_received(self, tokens, size, rank):
         """Rows that a rank of a group of ``size`` receives at each gate: as many as it sends, if it
         holds an even share of the experts that the gate sees."""
+        alive = [[e for e in range(*seen) if e not in self.idle] for seen in self.visible]
         return [
-            rows * size * sum(e % size == rank for e in range(*seen)) / (seen[1] - seen[0])
-            for rows, seen in zip(self.expected_rows(tokens), self.visible)
+            rows * size * sum(e % size == rank for e in experts) / len(experts)
+            for rows, experts in zip(self.expected_rows(tokens), alive)
         ]
 
     def slowdown(self, size):

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
+from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes, live_experts
 from fairseq_smoe.checkpoints.parts import Parted, is_expert_parameter, read_checkpoint
 from fairseq_smoe.moe.experts import PADDING
 
@@ -23,9 +23,11 @@ def describe(path):
     experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
     padding = sum(int(value.sum()) for name, value in model.items() if name.endswith(PADDING))
     parted = [value for value in experts.values() if isinstance(value, Parted)]
+    live = live_experts(model)
     return {
         "architecture": _architecture(state),
         "experts": describe_gates(next(iter(sizes.values()), ())),
+        **({"live experts": "{} of {}".format(*live)} if live else {}),
         "expert blocks": len(sizes),
         "parameters": sum(_parameters(model).values()) - padding,
         "of experts": sum(_parameters(experts).values()) - padding,

@@ -127,10 +127,10 @@ class TranslationHub(GeneratorHubInterface):
         return allowed_after
 
 
-def _warn_of_shortened(dataset, longest):
+def _warn_of_shortened(dataset, limits):
     cut = dataset.shortened()
     if len(cut):
-        warn(describe_long(f"sentence {first_few(cut + 1)}", longest))
+        warn(describe_long(f"sentence {first_few(cut + 1)}", limits[0]))
 
 
 def use_for_our_task():

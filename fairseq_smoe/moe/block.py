@@ -35,6 +35,7 @@ class GateRecord:
         kept_C: False where the expert was full; None when there was no limit.
         here_T: True for the tokens that were at this gate; the values of other tokens are
             meaningless. None when all were.
+        counts: what the gate has counted; see :class:`~fairseq_smoe.moe.gate.Choices`.
     """
 
     scores_TE: torch.Tensor
@@ -43,12 +44,13 @@ class GateRecord:
     token_C: torch.Tensor
     kept_C: Optional[torch.Tensor] = None
     here_T: Optional[torch.Tensor] = None
+    counts: Optional[torch.Tensor] = None
 
     @classmethod
     def of(cls, choices, kept_C=None, here_T=None):
         """The record of a gate's :class:`~fairseq_smoe.moe.gate.Choices`."""
-        scores_TE = choices.scores_TE.detach()
-        return cls(scores_TE, choices.best_T, choices.expert_C, choices.token_C, kept_C, here_T)
+        scores_TE, pairs = choices.scores_TE.detach(), (choices.expert_C, choices.token_C)
+        return cls(scores_TE, choices.best_T, *pairs, kept_C, here_T, choices.counts)
 
     @property
     def num_tokens(self):
@@ -138,6 +140,8 @@ class SMoEBlock(nn.Module):
             activation_dropout=..., group=...)`` returns
             :class:`~fairseq_smoe.moe.experts.Experts`; None for
             :class:`~fairseq_smoe.moe.expert_kinds.ffn.FFNExperts` with ``expert_backend``.
+        alive: experts of each stratum that are alive at the start, if the gates can add others up
+            to ``strata``; None for all.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class SMoEBlock(nn.Module):
         expert_group=None,
         make_gate=None,
         make_experts=None,
+        alive=None,
     ):
         super().__init__()
         if not strata or min(strata) < 1:
@@ -188,8 +193,11 @@ class SMoEBlock(nn.Module):
         self.visible = self._visible_experts()
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(self._num_norms()))
         self.gates = nn.ModuleList(make_gate(embed_dim, len(experts)) for experts in self.visible)
+        stratum_of = [i for i, size in enumerate(strata) for _ in range(size)]
         for i, gate in enumerate(self.gates):
+            seen = slice(i, stratum_of[self.visible[i][-1]] + 1)
             gate.stratum = i
+            gate.enter(self.strata[seen], tuple(alive or strata)[seen])
         self.experts = make_experts(
             self.strata,
             embed_dim,
@@ -201,17 +209,20 @@ class SMoEBlock(nn.Module):
         for i, experts in enumerate(self.visible if expert_group else ()):
             order_E = expert_group.sending_order(experts)
             self.register_buffer(f"sending_order_{i}", order_E, persistent=False)
-        stratum_E = torch.tensor([i for i, size in enumerate(strata) for _ in range(size)])
-        self.register_buffer("stratum_of_expert", stratum_E, persistent=False)
+        self.register_buffer("stratum_of_expert", torch.tensor(stratum_of), persistent=False)
 
     def expected_visits(self):
         """Tokens at each gate per token that enters the block, under uniform gates; they add up to
         the mean requested capacity (paper, section 4.4)."""
-        return visit_probabilities(self.strata)
+        return visit_probabilities(self.num_alive())
 
     def expected_choices(self):
         """Experts that a token visits at each gate, under uniform gates."""
         return [gate.expected_choices() for gate in self.gates]
+
+    def num_alive(self):
+        """Experts of each stratum that are alive."""
+        return [gate.num_alive()[0] for gate in self.gates]
 
     def _visible_experts(self):
         return visible_experts(self.strata)

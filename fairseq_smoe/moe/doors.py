@@ -99,12 +99,19 @@ def check_kinds(options, strata):
         kind.Options.of(options).check(strata, options)
 
 
+def pool_of(options, strata):
+    """Sizes of the strata that blocks have, which are larger than ``strata`` if the gates may add
+    experts."""
+    gate = find_kind("--moe-gate", options.moe_gate)
+    return gate.pool(strata, gate.Options.of(options))
+
+
 def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, ffn_split=1, **ffn_options):
     """The FFN sublayer that the options ask for: a block, or an arrangement of blocks.
 
     Args:
         options: all options of the model, named as the flags.
-        strata: experts of each stratum.
+        strata: experts of each stratum at the start; see :func:`pool_of`.
         group: :class:`~fairseq_smoe.moe.expert_group.ExpertGroup`, or None.
         ffn_split: number of experts among which a hidden size of ``ffn_dim`` is divided; ``strata``
             counts these.
@@ -115,7 +122,8 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, ffn_split=1,
     make = partial(
         _make_block,
         ffn_split=ffn_split,
-        strata=strata,
+        strata=pool_of(options, strata),
+        alive=strata,
         norm=options.smoe_norm,
         eom=options.moe_eom,
         expert_group=group,

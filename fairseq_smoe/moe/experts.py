@@ -128,6 +128,12 @@ class Experts(Kind, nn.Module):
         return self.ffn_dim
 
     @property
+    def held(self):
+        """The experts of the block that this process holds, as a ``range``."""
+        everything = range(sum(self.strata))
+        return everything if self.group is None else self.group.share(everything)
+
+    @property
     def exchanges(self):
         """Whether rows go to other processes."""
         return self.group is not None and self._all_experts is None

@@ -29,6 +29,7 @@ class Choices:
         expert_C, token_C: the choices, int64. When an expert is full, later choices of it are
             dropped.
         most: the most choices that a token may have; None if that is not known.
+        counts: what the gate has counted, to be added to its buffer of that name; None for nothing.
     """
 
     scores_TE: torch.Tensor
@@ -36,6 +37,7 @@ class Choices:
     expert_C: torch.Tensor
     token_C: torch.Tensor
     most: Optional[int] = None
+    counts: Optional[torch.Tensor] = None
 
     @classmethod
     def ranked(cls, scores_TE, experts_KT):
@@ -70,7 +72,14 @@ class Gate(Kind, nn.Module):
         loss_weights: ``{name: weight}`` of the losses other than the balance loss; an entry for
             the balance loss takes the place of the criterion's weight.
         stratum: number of the gate's stratum, from 0. The block sets it.
+        sizes: number of experts of each stratum that the gate sees, its own first.
+        alive_E: (E,) bool buffer, the experts that tokens may visit; None for all.
+        counts: int64 buffer, the sums of what the gate has counted in training, over the tokens of
+            all processes; None for a gate that counts nothing.
+        recording: whether the gate counts in the next forward passes.
     """
+
+    recording = False
 
     def __init__(self, embed_dim, num_experts, options=None):
         super().__init__()
@@ -79,6 +88,35 @@ class Gate(Kind, nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
         self.loss_weights = {}
         self.stratum = 0
+        self.sizes = self._initially_alive = (num_experts,)
+        self.register_buffer("alive_E", None)
+        self.register_buffer("counts", None)
+
+    @classmethod
+    def pool(cls, strata, options):
+        """Sizes of the strata of a model that has the experts of ``strata`` at the start. They are
+        larger if the gate may add experts.
+
+        Args:
+            options: an object of the class's ``Options``.
+        """
+        return strata
+
+    def enter(self, sizes, alive):
+        """Become one of the gates of a block.
+
+        Args:
+            sizes: experts of each stratum that the gate sees, its own first.
+            alive: how many of each of them, the first ones, are alive at the start.
+        """
+        self.sizes, self._initially_alive = tuple(sizes), tuple(alive)
+
+    def num_alive(self):
+        """How many experts of each stratum that the gate sees, its own first, are alive; on the
+        meta device, at the start."""
+        if self.alive_E is None or self.alive_E.is_meta:
+            return list(self._initially_alive)
+        return [int(own.sum()) for own in self.alive_E.split(self.sizes)]
 
     def extra_repr(self):
         num_experts, embed_dim = self.weight.shape
@@ -118,6 +156,21 @@ class Gate(Kind, nn.Module):
     def losses(self, choices, here_T=None):
         """``{name: scalar}`` before weighting; training logs each under its name."""
         return {BALANCE_LOSS: balance_loss(choices.scores_TE, choices.best_T, here_T)}
+
+    def records(self, update):
+        """Whether the gate counts in the forward passes for an update, numbered from 1."""
+        return False
+
+    @classmethod
+    def after_update(cls, block, update):
+        """Called once after every update if the gates of the block have :attr:`counts`. May change
+        the gates' buffers. All processes have to come to the same result.
+
+        Returns:
+            list of :class:`~fairseq_smoe.moe.pool.NewRow`, which the caller writes into parameters
+            and optimizer.
+        """
+        return []
 
     @torch.no_grad()
     def expected_choices(self):

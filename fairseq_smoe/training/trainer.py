@@ -22,7 +22,7 @@ from fairseq_smoe.checkpoints.parts import (
     write_part,
 )
 from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError
-from fairseq_smoe.training import steering
+from fairseq_smoe.training import changing_experts, steering
 from fairseq_smoe.training.stop_signal import StopSignal
 from fairseq_smoe.training.trainer_options import (
     check_options,
@@ -51,6 +51,7 @@ class SMoETrainer(Trainer):
         self.expert_group = find_expert_group(model)
         warn_without_gate_losses(cfg, criterion, model)
         check_options(cfg, self.expert_group)
+        changing_experts.check_options(cfg, model)
         # the optimizer's state then has one entry per parameter in any precision. Experts can be
         # distinguished, and checkpoints are the same on a CPU, where flattening fails
         cfg.common.fp16_no_flatten_grads = True
@@ -59,6 +60,7 @@ class SMoETrainer(Trainer):
         if layer_drop.drops_layers(model):
             choose_backend_for_dropped_layers(cfg.distributed_training)
         super().__init__(cfg, task, model, criterion, quantizer)
+        self.changing = changing_experts.ChangingExperts(model, self.data_parallel_world_size)
         self.stop_signal = StopSignal()
         self.stops = 0  # number of processes that were asked to stop, summed over all processes
         self.stored_experts = None  # reference to the parts of the checkpoint being written
@@ -107,6 +109,19 @@ class SMoETrainer(Trainer):
             return self.expert_group.norm_with_experts(norm, gradients, sharded=self.is_fsdp)
 
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
+
+    def train_step(self, samples, raise_oom=False):
+        before = self.get_num_updates()
+        self.changing.before_update(before + 1)
+        logging_output = super().train_step(samples, raise_oom)
+        if self.get_num_updates() > before:  # else gradients have overflown
+            self.changing.after_update(self.get_num_updates(), self.optimizer)
+        return logging_output
+
+    def _prepare_sample(self, sample, is_dummy=False):
+        sample, is_dummy = super()._prepare_sample(sample, is_dummy)
+        self.changing.before_batch(counts=not is_dummy)
+        return sample, is_dummy
 
     # ----------------------------------------------------------------------------------
     # checkpoints

@@ -44,7 +44,8 @@ def check_layout(model, state_dict, group=None):
             raise OptionError(
                 f"--smoe-strata: the checkpoint has {describe_gates(theirs)} in {block}, this model "
                 f"has {describe_gates(ours)}; train with the checkpoint's --smoe-strata, "
-                "--moe-ffn-split, --smoe-stacking and --moe-freq, or start in an empty --save-dir"
+                "--moe-ffn-split, --moe-max-experts, --smoe-stacking and --moe-freq, or start in an "
+                "empty --save-dir"
             )
     expected, found = expert_shapes(own_state), expert_shapes(state_dict)
     for name in filter(is_expert_parameter, expected if group else ()):

@@ -43,6 +43,10 @@ class ExpertLayerMixin:
     ``routing_stats`` has the :class:`~fairseq_smoe.moe.block.BlockStats` of the last forward pass.
     It is an attribute because fairseq's decoder ignores what a layer returns beyond three values.
     Code that reads it resets it to None.
+
+    ``counts`` has what the gates have counted: for every forward pass in training since it was last
+    emptied, one tensor per gate. It is kept here and not in the gates, because with
+    --checkpoint-activations their forward pass runs twice.
     """
 
     def build_fc1(self, *_):
@@ -57,6 +61,7 @@ class ExpertLayerMixin:
         self.expert_group = cfg.expert_group
         self.checkpoint_activations = cfg.checkpoint_activations
         self.routing_stats = None
+        self.counts = []
 
     @property
     def nested_blocks(self):
@@ -87,6 +92,12 @@ class ExpertLayerMixin:
             return partial(checkpoint, function, use_reentrant=False)
         return function
 
+    def keep(self, stats):
+        """Keep the statistics of a forward pass."""
+        self.routing_stats = stats
+        if self.training and stats.gates[0].counts is not None:
+            self.counts.append([record.counts for record in stats.gates])
+
     def apply_experts(self, x, padding_mask):
         """(S, B, D) -> (S, B, D) and statistics. Tokens enter the block sentence by sentence, so
         experts fill up in this order."""
@@ -103,7 +114,8 @@ class SMoEEncoderLayer(ExpertLayerMixin, TransformerEncoderLayerBase):
 
     def forward(self, x, encoder_padding_mask, attn_mask=None):
         run = self.maybe_checkpointed(self._forward)
-        x, self.routing_stats = run(x, encoder_padding_mask, attn_mask)
+        x, stats = run(x, encoder_padding_mask, attn_mask)
+        self.keep(stats)
         return x
 
     def _forward(self, x, encoder_padding_mask, attn_mask):
@@ -120,7 +132,8 @@ class SMoEDecoderLayer(ExpertLayerMixin, TransformerDecoderLayerBase):
 
     def forward(self, x, *args, self_attn_padding_mask=None, **kwargs):
         run = self.maybe_checkpointed(self._forward)
-        x, attn, self.routing_stats = run(x, self_attn_padding_mask, *args, **kwargs)
+        x, attn, stats = run(x, self_attn_padding_mask, *args, **kwargs)
+        self.keep(stats)
         return x, attn, None
 
     def _forward(self, x, padding_mask, *args, **kwargs):

@@ -14,6 +14,7 @@ from fairseq.models.transformer import (
 )
 
 from fairseq_smoe.checkpoints.parts import load_experts
+from fairseq_smoe.moe.doors import pool_of
 from fairseq_smoe.moe.expert_group import form_expert_group
 from fairseq_smoe.translation.checkpoint_layout import check_layout, check_vocabulary
 from fairseq_smoe.translation.layer_drop import drop_alike
@@ -98,7 +99,7 @@ class SMoETransformer(TransformerModelBase):
         )
         if strata is not None and options.in_step:
             options.expert_group = form_expert_group(
-                expert_parallel_size(options, strata, dist.get_world_size()),
+                expert_parallel_size(options, pool_of(options, strata), dist.get_world_size()),
                 getattr(getattr(task, "args", None), "distributed_timeout", None),
             )
         return super().build_model(TransformerConfig.from_namespace(options), task)

@@ -14,7 +14,7 @@ from fairseq.models.transformer.transformer_config import (
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.arrangements.multi_head import num_heads
 from fairseq_smoe.moe.block import NORMS
-from fairseq_smoe.moe.doors import all_kinds, check_kinds, named_kinds
+from fairseq_smoe.moe.doors import all_kinds, check_kinds, named_kinds, pool_of
 from fairseq_smoe.moe.expert_group import default_group_size
 from fairseq_smoe.moe.kind import option
 from fairseq_smoe.moe.strata import format_strata, parse_strata, split_strata
@@ -226,7 +226,7 @@ def check_options(options):
     """Check everything that can be checked before a model is built.
 
     Returns:
-        The strata, or None for a dense model.
+        The strata (at the start, if the gates may add experts), or None for a dense model.
 
     Raises:
         OptionError: names the flag, the value and what would be right.
@@ -251,11 +251,12 @@ def check_options(options):
                     f"--moe-expert-backend grouped_mm with {_flag(name)} {value}: expected a "
                     f"multiple of {multiple}, or another backend"
                 )
-    size = options.moe_expert_parallel_size
-    if size is not None and (size < 1 or sum(strata) % size):
+    size, pool = options.moe_expert_parallel_size, pool_of(options, strata)
+    if size is not None and (size < 1 or sum(pool) % size):
+        most = "" if pool == strata else f" with --moe-max-experts {options.moe_max_experts}"
         raise OptionError(
-            f"--moe-expert-parallel-size {size}: expected a divisor of the {sum(strata)} experts of "
-            f"--smoe-strata {format_strata(strata)}"
+            f"--moe-expert-parallel-size {size}: expected a divisor of the {sum(pool)} experts of "
+            f"--smoe-strata {format_strata(strata)}{most}"
         )
     for name in ("moe_freq", "encoder_moe_freq", "decoder_moe_freq"):
         value = getattr(options, name)

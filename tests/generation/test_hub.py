@@ -7,8 +7,11 @@ import toy_task
 from fairseq.models.transformer import TransformerModel
 from toy_task import REPOSITORY, generate, run
 
+import fairseq_smoe
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.model import SMoETransformer
+
+fairseq_smoe.register()  # other tests of this process may have imported it without fairseq
 
 
 def load(data, checkpoint, cls=SMoETransformer, **options):

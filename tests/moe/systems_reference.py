@@ -216,3 +216,60 @@ def multi_head(sublayer, tokens, run_block):
             parts = [part - heads[n] for part, n in zip(parts, own)]
         out.append(token + sublayer.merge.weight @ torch.cat(parts) + sublayer.merge.bias)
     return torch.stack(out), found
+
+
+# --------------------------------------------------------------------------------------
+# DynMoE: --moe-gate top-any
+
+
+def top_any_margins(gate, h):
+    """sigmoid(cos(x, w_e)) - sigmoid(G_e) of each expert; an expert is active above 0."""
+    cosines = [h @ w / (h.norm() * w.norm()) for w in gate.weight]
+    return [torch.sigmoid(s) - torch.sigmoid(g) for s, g in zip(cosines, gate.threshold)]
+
+
+def top_any_activations(gate, h):
+    """``{expert: activation}`` of the live experts, numbered as the gate does: 0 or 1, with the
+    gradient of the margin."""
+    margins = top_any_margins(gate, h)
+    live = [e for e in range(len(margins)) if gate.alive_E[e]]
+    active = {e for e in live if margins[e] > 0}
+    if not active and not gate.training:
+        active = {max(live, key=lambda e: margins[e])}
+    return {e: (e in active) + margins[e] - margins[e].detach() for e in live}
+
+
+def top_any(block):
+    """``choose`` for :func:`run`."""
+
+    def choose(i, h):
+        gate, first = block.gates[i], block.visible[i].start
+        margins, activations = top_any_margins(gate, h), top_any_activations(gate, h)
+        active = [e for e, a in activations.items() if a > 0.5]
+        own = [e for e in activations if e < block.strata[i]]
+        best = max(active or own, key=lambda e: margins[e])
+        weights = {first + e: activations[e] / len(active) for e in active}
+        return weights, first + best
+
+    return choose
+
+
+def top_any_losses(gate, tokens):
+    """The named losses of one gate, for the tokens that are at it."""
+    live = [e for e, alive in enumerate(gate.alive_E) if alive]
+    vectors = [gate.weight[e] for e in live]
+    squares = [(v @ w / (v.norm() * w.norm())) ** 2 for v in vectors for w in vectors if v is not w]
+    shares, efficiency = [], gate.weight.sum() * 0
+    for h in tokens:
+        activations = top_any_activations(gate, h)
+        number = sum(a > 0.5 for a in activations.values())
+        efficiency = efficiency + sum(activations.values()) / len(live) / len(tokens)
+        if number:
+            shares.append([activations[e] / number for e in live])
+    means = [sum(of_expert) / len(shares) for of_expert in zip(*shares)]
+    return {
+        "moe_gate_loss": len(live) * sum((m.detach() * m for m in means), gate.weight.sum() * 0),
+        "gate_diversity": sum(squares, gate.weight.sum() * 0).sqrt() if squares else 0,
+        "gate_simplicity": sum(v.norm() for v in vectors) / len(live),
+        "gate_efficiency": efficiency,
+    }

@@ -216,7 +216,7 @@ def build(**changes):
 
 def test_what_the_project_has():
     assert {flag: list(doors.named_kinds(flag)) for flag in doors.DOORS} == {
-        "--moe-gate": ["threshold", "top-k"],
+        "--moe-gate": ["threshold", "top-any", "top-k"],
         "--moe-experts": ["ffn", "sized"],
         "--moe-arrangement": ["cmr", "multi-head", "stacking"],
     }

@@ -317,6 +317,7 @@ def test_ranks_that_share_experts_compute_what_one_computes():
         ({"moe_ffn_dims": "8/8", "moe_ffn_split": 2}, "--moe-ffn-dims 8/8 with --moe-ffn-split 2"),
         ({"moe_ffn_dims": "8/8", "moe_ffn_dim": 16}, "--moe-ffn-dims 8/8 with --moe-ffn-dim 16"),
         ({"moe_expert_backend": "grouped_mm"}, "grouped_mm with --moe-experts sized"),
+        ({"moe_gate": "top-any"}, "--moe-p-penalty 0.1 with --moe-gate top-any"),
         ({"moe_p_penalty": -1.0}, "--moe-p-penalty -1.0: expected 0 or more"),
         ({"moe_router_entropy": float("nan")}, "--moe-router-entropy nan: expected 0 or more"),
         ({"moe_experts": "ffn", "moe_ffn_dims": "8/8"}, "add --moe-experts sized"),

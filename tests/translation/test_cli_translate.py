@@ -39,7 +39,7 @@ def test_interactive_translates_as_generate_does(data, text, trained):
         assert score == pytest.approx(from_generate[i][0], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["smoe", "switch", "cmr", "xmoe", "hmoe", "multi-head"])
+@pytest.mark.parametrize("name", ["smoe", "switch", "cmr", "xmoe", "hmoe", "dynmoe", "multi-head"])
 def test_translation_does_not_depend_on_the_batch(name, data, trained):
     """One sentence at a time, without padding, or all of them in one padded batch."""
     alone = generate(data, trained(name), "en-aa", batch_size=1).sentences
