@@ -65,7 +65,8 @@ def scheduled_widths(schedule, num_experts, ffn_dim):
     if rest or units < num_experts:
         raise OptionError(
             f"--moe-size-schedule {schedule}: {num_experts} experts of {ffn_dim} hidden units "
-            f"cannot be divided into multiples of {UNIT}; give another hidden size, or --moe-ffn-dims"
+            f"cannot be divided into multiples of {UNIT}; change the hidden size, or list the "
+            "sizes with --moe-ffn-dims"
         )
     relative = [SCHEDULES[schedule](i, num_experts) for i in range(num_experts)]
     ideal = [units * r / sum(relative) for r in relative]

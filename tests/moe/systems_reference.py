@@ -67,8 +67,8 @@ def ffn(experts, e, h, activation=torch.relu):
 
 
 def assert_block_is(block, x, padding, choose, apply, losses):
-    """Compare a block with :func:`run`: outputs, numbers of passes and experts, named losses, and the
-    gradients of every parameter and of the input.
+    """Compare a block with :func:`run`: outputs, numbers of passes and experts, named losses, and
+    the gradients of every parameter and of the input.
 
     Args:
         x: (T, D) in float64.
@@ -100,8 +100,8 @@ def assert_block_is(block, x, padding, choose, apply, losses):
 
 
 def mean_over_gates(of_gate):
-    """A loss of a block: the mean of ``of_gate(p_TE, chosen_T, visible)`` over its gates, which is 0
-    for a gate without tokens. The experts in ``chosen_T`` are numbered from the block's first."""
+    """A loss of a block: the mean of ``of_gate(p_TE, chosen_T, visible)`` over its gates, which is
+    0 for a gate without tokens. The experts in ``chosen_T`` are numbered from the block's first."""
 
     def loss(block, reference):
         total = 0

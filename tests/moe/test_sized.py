@@ -1,4 +1,4 @@
-"""Experts of different widths (HMoE): sizes, blocks against the token-by-token reference, padding."""
+"""Experts of different widths (HMoE): sizes, blocks against the reference, losses, padding."""
 
 import itertools
 from functools import partial
