@@ -25,6 +25,7 @@ class Block:
         visible: experts that each gate sees, as pairs of the first one and the one after the last.
         visits: tokens at each gate per token that enters the block, under uniform gates.
         choices: rows of a token at each gate, under uniform gates.
+        token_hidden: mean number of hidden units of a token at each gate besides those of its rows.
         expert_params: parameters of all experts.
     """
 
@@ -34,19 +35,21 @@ class Block:
     visible: tuple
     visits: tuple
     choices: tuple
+    token_hidden: tuple
     expert_params: int
 
     @classmethod
     def of(cls, block):
         """Of a :class:`~fairseq_smoe.moe.block.SMoEBlock`."""
-        experts = block.experts
+        experts, choices = block.experts, tuple(block.expected_choices())
         return cls(
             experts.embed_dim,
             experts.hidden_dim(),
             block.strata,
             tuple((seen.start, seen.stop) for seen in block.visible),
             tuple(block.expected_visits()),
-            tuple(block.expected_choices()),
+            choices,
+            tuple(map(experts.token_hidden_dim, block.visible, choices)),
             experts.num_parameters(),
         )
 
@@ -236,6 +239,7 @@ def activation_bytes(block, visits, sent, received, number_bytes):
     dim, hidden = block.embed_dim, block.hidden_dim
     # a token's input and output of the pass, and the gate's input in full precision
     tokens = sum(visits) * dim * (2 * number_bytes + FULL)
+    tokens += sum(n * units for n, units in zip(visits, block.token_hidden)) * number_bytes
     # the expert's rank keeps a row's input and hidden units, the sender its output, also weighted
     return tokens + (sum(received) * (dim + hidden) + sum(sent) * 2 * dim) * number_bytes
 

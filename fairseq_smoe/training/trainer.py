@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 import signal
 import sys
@@ -81,7 +82,9 @@ class SMoETrainer(Trainer):
         return [p for n, p in self._model.named_parameters() if is_expert_parameter(n)]
 
     def clip_grad_norm(self, clip_norm):
-        """Clip by the norm of the whole model's gradients, of which each rank has only a part."""
+        """Clip by the norm of the whole model's gradients, of which each rank has only a part.
+        Gradients that this update is to leave out are dropped before."""
+        self._drop_gradients()
         if self.expert_group is None:
             return super().clip_grad_norm(clip_norm)
         # in half precision, float32 copies of the parameters have the gradients and experts' marks
@@ -92,6 +95,24 @@ class SMoETrainer(Trainer):
             return self.expert_group.norm_with_experts(norm, gradients, sharded=self.is_fsdp)
 
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=with_experts)
+
+    def _drop_gradients(self):
+        """Drop the gradients of parameters that experts want this update to skip."""
+        draw = random.Random(f"{self.cfg.common.seed} {self.get_num_updates()}")
+        blocks = [layer.routed_block for _, layer in expert_layers(self._model)]
+        skipped = {p for block in blocks for p in block.experts.skipped_by_update(draw)}
+        if not skipped:
+            return
+        # in half precision, the optimizer has float32 copies of the parameters, and gradients of
+        # its own
+        copies = getattr(self.optimizer, "fp32_params", None)
+        if copies is not None:
+            self.optimizer._sync_fp16_grads_to_fp32()  # else clipping would make new ones
+            for parameter, copy in zip(self.optimizer.fp16_params, copies):
+                if parameter in skipped:
+                    copy.grad = None
+        for parameter in skipped:
+            parameter.grad = None
 
     # ----------------------------------------------------------------------------------
     # checkpoints
@@ -107,7 +128,18 @@ class SMoETrainer(Trainer):
 
     def _take_share(self, _, state_dict):
         """Reduce the loaded optimizer state of all experts to that of this rank's experts. Clone
-        the rest, so that the checkpoint file is no longer needed."""
+        the rest, so that the checkpoint file is no longer needed.
+
+        Raises:
+            OptionError: the checkpoint was trained with other parameters frozen.
+        """
+        theirs = sum(len(group["params"]) for group in state_dict["param_groups"])
+        ours = sum(len(group["params"]) for group in self.optimizer.optimizer.param_groups)
+        if theirs != ours:
+            raise OptionError(
+                f"--pesc-freeze: this training changes {ours} parameter tensors, the checkpoint's "
+                f"optimizer {theirs}; give the checkpoint's --pesc-freeze, or --reset-optimizer"
+            )
         names = self._trained_names()
         group = self.expert_group
         for number, entries in state_dict["state"].items():
@@ -270,6 +302,14 @@ def check_options(cfg, group):
     backend = cfg.distributed_training.ddp_backend
     if backend == "fully_sharded" and cfg.common.bf16:
         raise OptionError("--bf16 with --ddp-backend fully_sharded: not possible; use --fp16")
+    if backend == "fully_sharded":  # joins parameters, which it can train or skip only together
+        for name, default in (("pesc_freeze", "none"), ("mpo_central_mask_prob", 0)):
+            value = getattr(cfg.model, name, default)
+            if value != default:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} {value} with --ddp-backend fully_sharded: not "
+                    "possible; use another backend"
+                )
     if group is None:
         if asked is not None and asked > 1:
             raise OptionError(

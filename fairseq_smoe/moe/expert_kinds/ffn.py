@@ -53,6 +53,9 @@ class FFNExperts(Experts):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.make_parameters()
+
+    def make_parameters(self):
         widths = {"fc1": (self.embed_dim, self.ffn_dim), "fc2": (self.ffn_dim, self.embed_dim)}
         for layer, (width, out_width) in widths.items():
             # as in nn.Linear, so that experts are initialised like a dense FFN
@@ -61,16 +64,34 @@ class FFNExperts(Experts):
                 tensor_E = torch.empty(sum(self.strata), *shape).uniform_(-bound, bound)
                 self.add_stacked(f"{layer}_{name}", tensor_E)
 
+    def weights(self, dtype):
+        """Weights and biases of both layers: (E, D, F), (E, F), (E, F, D), (E, D)."""
+        return tuple(parameter.to(dtype) for parameter in self.stacked())
+
     def share(self, dtype):
         """:class:`SharedExperts`
 
         Raises:
             ValueError: backend "grouped_mm" cannot multiply with these weights.
         """
-        device = self.fc1_weight.device.type
+        device = self.stacked()[0].device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        w1, b1, w2, b2 = (parameter.to(dtype) for parameter in self.stacked())
+        w1, b1, w2, b2 = self.weights(dtype)
+        grouped = self.multiplies_in_groups(w1)
+        _log_once("grouped_mm" if grouped else "loop", device, dtype)
+        waits = not grouped or self.exchanges
+        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
+
+    def multiplies_in_groups(self, w1):
+        """Whether to multiply with ``grouped_mm``.
+
+        Args:
+            w1: (E, D, F) weights of a first layer.
+
+        Raises:
+            ValueError: backend "grouped_mm" cannot multiply with these weights.
+        """
         backend = self.options.moe_expert_backend
         grouped = grouped_mm_is_fast(w1) if backend == "auto" else backend != "loop"
         if grouped and not grouped_mm_takes(w1):
@@ -78,22 +99,33 @@ class FFNExperts(Experts):
                 f"backend='grouped_mm': cannot take experts of {tuple(w1.shape[1:])} {w1.dtype}; "
                 f"rows have to be a multiple of {ALIGNMENT} bytes, and the type not float64"
             )
-        _log_once("grouped_mm" if grouped else "loop", device, dtype)
-        waits = not grouped or self.exchanges
-        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
+        return grouped
 
     def multiply(self, rows_ND, runs, shared, experts):
-        rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
         drops = self.training and self.activation_dropout
         activate = self._activate_and_drop if drops else self.activation_fn
-        if not shared.grouped:
-            rows_E = runs.rows_per_expert
-            return expert_loop(rows_ND, rows_E, shared.fc1, shared.fc2, experts, activate)
-        hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
-        return grouped_linear(hidden_NF, shared.fc2, experts, runs)
+        return two_layers(rows_ND, runs, shared, experts, activate)
 
     def _activate_and_drop(self, hidden_NF):
         return F.dropout(self.activation_fn(hidden_NF), self.activation_dropout)
+
+
+def two_layers(rows_ND, runs, shared, experts, activate):
+    """Apply both layers of each expert to its run of rows, with either backend.
+
+    Args:
+        shared: :class:`SharedExperts`
+        activate: function between the layers.
+
+    Returns:
+        (N, D)
+    """
+    rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
+    if not shared.grouped:
+        rows_E = runs.rows_per_expert
+        return expert_loop(rows_ND, rows_E, shared.fc1, shared.fc2, experts, activate)
+    hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
+    return grouped_linear(hidden_NF, shared.fc2, experts, runs)
 
 
 @functools.cache
