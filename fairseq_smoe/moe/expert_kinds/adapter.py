@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.moe.dispatch import combine_rows, gather_rows, only_valid, plan_dispatch
+from fairseq_smoe.moe.dispatch import (
+    Runs,
+    combine_rows,
+    gather_rows,
+    only_valid,
+    plan_dispatch,
+)
 from fairseq_smoe.moe.expert_kinds.ffn import FFNExperts, FFNOptions, SharedExperts, two_layers
 from fairseq_smoe.moe.grouped_linear import ALIGNMENT
 from fairseq_smoe.moe.kind import option
@@ -126,39 +132,41 @@ class AdapterExperts(FFNExperts):
     def visit(self, tokens_TD, choices, plan, weights_C, shared, visible, here_T=None):
         weights_C = weights_C * self.options.pesc_scale
         first = sum(self.strata[:-1]) - visible.start  # of the last stratum
-        if first <= 0:  # every token leaves
-            after_TD = self._after_ffn(tokens_TD, here_T, shared)
+        if first <= 0 and here_T is None:  # all tokens leave
+            after_TD = self._ffn(tokens_TD, _all_in_one(tokens_TD), shared)
             y_TD = super().visit(after_TD, choices, plan, weights_C, shared, visible)
-            return y_TD + after_TD
+            return y_TD.add_(after_TD)
         leaves_T = choices.best_T >= first
         last_N = choices.expert_C[plan.row_choice_N] >= first
         if here_T is not None:
             leaves_T, last_N = leaves_T & here_T, last_N & plan.valid_N
         needs_T = leaves_T.long().index_add(0, plan.row_token_N, last_N.long()) > 0
-        after_TD = self._after_ffn(tokens_TD, needs_T, shared)
-        both = torch.cat([tokens_TD, after_TD])
-        row_of_both_N = plan.row_token_N + len(tokens_TD) * last_N
-        rows_ND = gather_rows(both, replace(plan, row_token_N=row_of_both_N))
-        rows_ND = self(rows_ND, plan, shared, visible)
+        after_MD, token_M = self._after_ffn(tokens_TD, needs_T, shared)
+        # rows of early strata are copied from the tokens, others from what the FFN has returned
+        rows = torch.arange(len(token_M), device=token_M.device)
+        place_T = torch.zeros_like(choices.best_T).index_copy(0, token_M, rows)
+        from_N = len(tokens_TD) + place_T[plan.row_token_N]
+        from_N = torch.where(last_N, from_N, plan.row_token_N)
+        both = torch.cat([tokens_TD.to(after_MD.dtype), after_MD])
+        rows_ND = self(gather_rows(both, replace(plan, row_token_N=from_N)), plan, shared, visible)
         y_TD = combine_rows(rows_ND, weights_C, plan, len(tokens_TD))
-        return y_TD + after_TD.masked_fill(leaves_T.logical_not().unsqueeze(1), 0)
+        stays_M = leaves_T.logical_not()[token_M]
+        return y_TD.index_add_(0, token_M, after_MD.masked_fill(stays_M.unsqueeze(1), 0))
 
     def _after_ffn(self, tokens_TD, needs_T, shared):
-        """The output of the FFN for the tokens that ``needs_T`` marks, or all where it is None, and
-        0 for the others: (T, D)."""
+        """The output of the FFN (M, D) for the tokens that ``needs_T`` marks, and which these are
+        (M,). If the host cannot know how many, M is T, and the other tokens come last, with 0."""
         token_M = torch.arange(len(tokens_TD), device=tokens_TD.device)
-        if shared.waits and needs_T is not None:
+        if shared.waits:
             token_M, needs_T = needs_T.nonzero().squeeze(1), None
         plan = plan_dispatch(torch.zeros_like(token_M), token_M, 1, here_T=needs_T)
-        everywhere = len(token_M) == len(tokens_TD) and needs_T is None
-        rows_MD = tokens_TD if everywhere else gather_rows(tokens_TD, plan)
+        after_MD = self._ffn(gather_rows(tokens_TD, plan), plan, shared)
+        return only_valid(after_MD, plan), plan.row_token_N
+
+    def _ffn(self, rows_MD, runs, shared):
         drops = self.training and self.activation_dropout
         activate = self._activate_and_drop if drops else self.activation_fn
-        after_MD = two_layers(rows_MD, plan, shared.ffn, range(1), activate)
-        if everywhere:
-            return after_MD
-        after_TD = after_MD.new_zeros(len(tokens_TD), after_MD.shape[1])
-        return after_TD.index_copy(0, plan.row_token_N, only_valid(after_MD, plan))
+        return two_layers(rows_MD, runs, shared.ffn, range(1), activate)
 
     def params_used(self, visible, choices):
         of_adapters = choices * 2 * self.embed_dim * self.adapter_dim
@@ -169,7 +177,9 @@ class AdapterExperts(FFNExperts):
         return self.adapter_dim
 
     def token_hidden_dim(self, visible, choices):
-        return self._share_after_ffn(visible, choices) * (self.ffn_dim + self.embed_dim)
+        # where only some tokens pass the FFN, these are copied, and so is its output
+        copied = 2 * self.embed_dim if len(visible) > self.strata[-1] else 0
+        return self._share_after_ffn(visible, choices) * (self.ffn_dim + copied)
 
     def _share_after_ffn(self, visible, choices):
         """Probability that at least one of a number of experts drawn from ``visible`` is in the last
@@ -185,6 +195,11 @@ class AdapterExperts(FFNExperts):
         if choices > whole:  # a mean number
             missed += (choices - whole) * (none_of(whole + 1) - missed)
         return 1 - missed
+
+
+def _all_in_one(rows_MD):
+    """:class:`Runs` of rows that all belong to one expert."""
+    return Runs(torch.full((1,), len(rows_MD), device=rows_MD.device), len(rows_MD))
 
 
 @dataclass(frozen=True)
