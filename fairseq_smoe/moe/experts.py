@@ -98,8 +98,8 @@ class Experts(Kind, nn.Module):
         return True
 
     def skipped_by_update(self, draw):
-        """Parameters that an update of the optimizer leaves as they are: their gradients are dropped
-        before clipping, and neither momentum nor weight decay changes them.
+        """Parameters that an update of the optimizer leaves as they are: their gradients are
+        dropped before clipping, and neither momentum nor weight decay changes them.
 
         Args:
             draw: ``random.Random``, in the same state on all ranks.
@@ -141,8 +141,8 @@ class Experts(Kind, nn.Module):
         raise NotImplementedError
 
     def visit(self, tokens_TD, choices, plan, weights_C, shared, visible, here_T=None):
-        """The output of one pass, before the residual: by default the weighted sum of the outputs of
-        a token's experts (paper, eq. 6).
+        """The output of one pass, before the residual: by default the weighted sum of the outputs
+        of a token's experts (paper, eq. 6).
 
         Args:
             tokens_TD: normalised tokens.

@@ -1,8 +1,9 @@
 """Matrices as chains of small tensors, matrix product operators (MPOE, arXiv 2203.01104).
 
-A matrix of I rows and J columns, with I = i1 * ... * in and J = j1 * ... * jn, is the contraction of n
-tensors. Tensor k has the shape (d, i_k, j_k, d'). Its bond d' is the bond d of the next tensor; the
-outermost bonds are 1. The tensor in the middle is the central one, which has most of the numbers.
+A matrix of I rows and J columns, with I = i1 * ... * in and J = j1 * ... * jn, is the contraction
+of n tensors. Tensor k has the shape (d, i_k, j_k, d'). Its bond d' is the bond d of the next
+tensor; the outermost bonds are 1. The tensor in the middle is the central one, which has most of
+the numbers.
 """
 
 import math
@@ -108,16 +109,16 @@ def _contract(items, join, shapes):
 
 
 def _join(first, second):
-    """(..., d, i, j, b) and (..., b, k, l, f) -> (..., d, i * k, j * l, f)"""
-    d, i, j, b = first.shape[-4:]
-    _, k, l, f = second.shape[-4:]
+    """(..., d, i, j, b) and (..., b, k, m, f) -> (..., d, i * k, j * m, f)"""
+    d, i, j, _ = first.shape[-4:]
+    _, k, m, f = second.shape[-4:]
     # leading dimensions differ where one is shared; matmul then makes one product of it
     product = first.flatten(-4, -2) @ second.flatten(-3, -1)
     lead = product.shape[:-2]
-    product = product.view(*lead, d, i, j, k, l, f).transpose(-4, -3)
-    return product.reshape(*lead, d, i * k, j * l, f)
+    product = product.view(*lead, d, i, j, k, m, f).transpose(-4, -3)
+    return product.reshape(*lead, d, i * k, j * m, f)
 
 
 def _join_flops(first, second):
-    ((d, i, j, b), done), ((_, k, l, f), more) = first, second
-    return (d, i * k, j * l, f), done + more + 2 * d * i * j * b * k * l * f
+    ((d, i, j, b), done), ((_, k, m, f), more) = first, second
+    return (d, i * k, j * m, f), done + more + 2 * d * i * j * b * k * m * f

@@ -256,7 +256,10 @@ def test_arrangements_hold_each_other():
         ({"moe_gate": "no_module_of_this_name:Gate"}, "add --moe-modules no_module_of_this_name"),
         ({"moe_gate": f"{__name__}:Missing"}, "has no class Missing that is a Gate"),
         ({"moe_gate": f"{__name__}:ScalingExperts"}, "has no class ScalingExperts that is a Gate"),
-        ({"moe_experts": "fnn"}, "--moe-experts fnn: expected adapter or ffn or .*, or module:Class"),
+        (
+            {"moe_experts": "fnn"},
+            "--moe-experts fnn: expected adapter or .*, or module:Class",
+        ),
         ({"moe_arrangement": "cmr,os:path"}, "os has no class path that is a Arrangement"),
     ],
 )

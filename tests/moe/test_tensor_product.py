@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from test_doors import build
+from test_doors import build, model_options
 from test_expert_group import compare
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.block import SMoEBlock
+from fairseq_smoe.moe.doors import check_kinds
 from fairseq_smoe.moe.expert_kinds.ffn import FFNExperts
 from fairseq_smoe.moe.expert_kinds.tensor_product import TensorProductExperts, TensorProductOptions
 from fairseq_smoe.moe.matrix_product import (
@@ -47,10 +48,10 @@ def make_block(strata=(2, 3), top_k=2, seed=0, dims=(12, 8), dtype=torch.float64
 
 
 def shapes(length):
-    return st.lists(st.integers(1, 4), min_size=length, max_size=length).map(tuple)
+    return st.lists(st.integers(1, 3), min_size=length, max_size=length).map(tuple)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(pair=st.sampled_from([3, 5]).flatmap(lambda n: st.tuples(shapes(n), shapes(n))))
 def test_a_matrix_from_its_tensors(pair):
     torch.manual_seed(0)
@@ -61,7 +62,8 @@ def test_a_matrix_from_its_tensors(pair):
     in_single = rebuild(decompose(matrix.float(), *pair))
     torch.testing.assert_close(in_single, matrix.float(), rtol=0, atol=1e-4)
     errors = []
-    for bond in range(1, max(shape[0] for shape in tensor_shapes(*pair)) + 1):
+    full = max(shape[0] for shape in tensor_shapes(*pair))
+    for bond in sorted({1, 2, 3, full // 3 + 1, full - 1, full} & set(range(1, full + 1))):
         limited = decompose(matrix, *pair, bond)
         assert [tuple(tensor.shape) for tensor in limited] == tensor_shapes(*pair, bond)
         errors.append((rebuild(limited) - matrix).norm())
@@ -327,9 +329,6 @@ def test_processes_that_share_experts_compute_what_one_computes(size):
     ],
 )
 def test_wrong_options(options, message):
-    from fairseq_smoe.moe.doors import check_kinds
-    from test_doors import model_options
-
     options = {"moe_experts": "tensor-product", **options}
     with pytest.raises(OptionError, match=message):
         check_kinds(model_options(**options), (2, 2))
@@ -340,9 +339,6 @@ def test_wrong_options(options, message):
     "options", [{"mpo_bond": 3}, {"mpo_in_shape": "2,3,1"}, {"mpo_central_mask_prob": 0.5}]
 )
 def test_options_of_other_experts(options):
-    from fairseq_smoe.moe.doors import check_kinds
-    from test_doors import model_options
-
     with pytest.raises(OptionError, match="--mpo-.*: needs --moe-experts tensor-product"):
         check_kinds(model_options(**options), (2, 2))
 

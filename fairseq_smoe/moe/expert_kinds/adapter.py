@@ -1,7 +1,7 @@
 """Experts that are adapters behind one FFN that all of them share (PESC).
 
-Wu et al. 2024, arXiv 2401.02731. Letters in names: T tokens at the gate, D model dim, A hidden dim of
-an adapter, M tokens that pass the FFN.
+Wu et al. 2024, arXiv 2401.02731. Letters in names: T tokens at the gate, D model dim, A hidden dim
+of an adapter, M tokens that pass the FFN.
 """
 
 import math
@@ -73,19 +73,20 @@ class AdapterOptions(FFNOptions):
 class AdapterExperts(FFNExperts):
     """An FFN that all experts share, with a small adapter for each expert.
 
-    An adapter is a linear layer to few hidden units, the activation, and a linear layer back, without
-    biases; the latter starts as zero. The adapters of the last stratum read the output of the FFN,
-    u = FFN(h) of the normalised token h, and those of earlier strata read h. A pass returns the sum
-    of the adapters' outputs, weighted by the gate, and adds u once, with weight 1, when the token
-    leaves the block: when its best expert is in the last stratum. As long as the adapters' outputs
-    are zero, a block with any gates is therefore the dense sublayer x + FFN(LN(x)). In one stratum,
-    with weights that sum to 1, this is the paper's equation.
+    An adapter is a linear layer to few hidden units, the activation, and a linear layer back,
+    without biases; the latter starts as zero. The adapters of the last stratum read the output of
+    the FFN, u = FFN(h) of the normalised token h, and those of earlier strata read h. A pass
+    returns the sum of the adapters' outputs, weighted by the gate. In the pass in which a token
+    leaves the block, as its best expert is in the last stratum, u is added with weight 1. So a
+    token gets the FFN's output once, whatever the gates do. As long as the adapters' outputs are
+    zero, the block is therefore the dense sublayer x + FFN(LN(x)). In one stratum, with weights
+    that sum to 1, this is the paper's equation.
 
-    The FFN is computed once for each token that leaves or has a row in the last stratum, on the rank
-    that has the token. It has no capacity: a token whose expert was full has the FFN's output.
+    The FFN is computed once for each token that leaves or has a row in the last stratum, on the
+    rank that has the token. It has no capacity: a token whose expert was full has the FFN's output.
 
-    Parameters: ``down_weight`` (E, D, A) and ``up_weight`` (E, A, D), stacked over experts in stratum
-    order. The module ``ffn`` has ``fc1`` and ``fc2``, as a layer of fairseq's transformer.
+    Parameters: ``down_weight`` (E, D, A) and ``up_weight`` (E, A, D), stacked over experts in
+    stratum order. The module ``ffn`` has ``fc1`` and ``fc2``, as a layer of fairseq's transformer.
     """
 
     name = "adapter"
@@ -182,8 +183,8 @@ class AdapterExperts(FFNExperts):
         return self._share_after_ffn(visible, choices) * (self.ffn_dim + copied)
 
     def _share_after_ffn(self, visible, choices):
-        """Probability that at least one of a number of experts drawn from ``visible`` is in the last
-        stratum. A token without choices has a best expert as well."""
+        """Probability that at least one of a number of experts drawn from ``visible`` is in the
+        last stratum. A token without choices has a best expert as well."""
         choices = max(choices, 1)
         early = len(visible) - min(self.strata[-1], len(visible))
         whole = int(choices)

@@ -204,7 +204,9 @@ class TensorProductExperts(FFNExperts):
                     ]
                     weights.append(rebuild(tensors))
                     biases.append(bias_S[s].expand(count, -1))
-            found += [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (weights, biases)]
+            found += [
+                torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (weights, biases)
+            ]
         return found
 
     def skipped_by_update(self, draw):
