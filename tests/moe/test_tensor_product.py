@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from test_doors import build, model_options
-from test_expert_group import compare
+from test_expert_group import compare, tokens_of
+from test_expert_group import make_block as make_shared_block
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.doors import check_kinds
+from fairseq_smoe.moe.expert_group import form_expert_group
 from fairseq_smoe.moe.expert_kinds.ffn import FFNExperts
 from fairseq_smoe.moe.expert_kinds.tensor_product import TensorProductExperts, TensorProductOptions
 from fairseq_smoe.moe.matrix_product import (
@@ -307,6 +309,26 @@ def compare_in_processes(rank, size):
     for share, strata in (("block", (4, 4)), ("stratum", (2, 1, 1)), ("stratum", (2, 2))):
         make = make_experts(mpo_share=share)
         compare(rank, size, strata=strata, make_experts=make)
+
+
+def check_gathered(rank):
+    """Ranks that do not keep step compute alone, and afterwards together again."""
+    options = {"strata": (4, 4), "make_experts": make_experts()}
+    block = make_shared_block(form_expert_group(2), **options).eval()
+    whole = make_shared_block(None, **options).eval()
+    x, padding = tokens_of(rank, torch.float64)
+    with torch.no_grad():
+        expected = whole(x, padding)[0]
+        torch.testing.assert_close(block(x, padding)[0], expected)
+        block.experts.gather()
+        if rank == 0:
+            torch.testing.assert_close(block(x, padding)[0], expected)
+        block.experts.release()
+        torch.testing.assert_close(block(x, padding)[0], expected)
+
+
+def test_gathered_experts_compute_alone():
+    run_ranks(check_gathered, 2)
 
 
 @pytest.mark.parametrize("size", [2, 4])
