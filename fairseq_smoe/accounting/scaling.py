@@ -27,6 +27,7 @@ class Block:
         visible: experts that each gate sees, as pairs of the first one and the one after the last.
         visits: tokens at each gate per token that enters the block, under uniform gates.
         choices: rows of a token at each gate, under uniform gates.
+        token_hidden: mean number of hidden units of a token at each gate besides those of its rows.
         expert_params: numbers in the parameters of all experts, with the padding of those that are
             smaller than others.
         heads: number of parts of a token of the layer that are tokens here, of D numbers each.
@@ -39,6 +40,7 @@ class Block:
     visible: tuple
     visits: tuple
     choices: tuple
+    token_hidden: tuple
     expert_params: int
     heads: int = 1
     idle: tuple = ()
@@ -46,14 +48,15 @@ class Block:
     @classmethod
     def of(cls, block, heads=1):
         """Of a :class:`~fairseq_smoe.moe.block.SMoEBlock`."""
-        experts = block.experts
+        experts, choices = block.experts, tuple(block.expected_choices())
         return cls(
             experts.embed_dim,
             experts.hidden_dim(),
             block.strata,
             tuple((seen.start, seen.stop) for seen in block.visible),
             tuple(block.expected_visits()),
-            tuple(block.expected_choices()),
+            choices,
+            tuple(map(experts.token_hidden_dim, block.visible, choices)),
             experts.num_stored(),
             heads,
             idle=tuple(  # at the start, the first places of a stratum are taken
@@ -253,6 +256,7 @@ def activation_bytes(block, visits, sent, received, number_bytes):
     tokens = sum(visits) * dim * (2 * number_bytes + FULL)
     if block.heads > 1:  # a token before and after the LayerNorm, and before it is merged
         tokens += visits[0] * dim * 3 * number_bytes
+    tokens += sum(n * units for n, units in zip(visits, block.token_hidden)) * number_bytes
     # the expert's rank keeps a row's input and hidden units, the sender its output, also weighted
     return tokens + (sum(received) * (dim + hidden) + sum(sent) * 2 * dim) * number_bytes
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_smoe.moe.dispatch import combine_rows, gather_rows, plan_dispatch
+from fairseq_smoe.moe.dispatch import plan_dispatch
 from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS, FFNExperts, FFNOptions
 from fairseq_smoe.moe.gate import BALANCE_LOSS
 from fairseq_smoe.moe.gates.top_k import SECOND_EXPERT_POLICIES, TopKGate, TopKOptions
@@ -289,10 +289,9 @@ class SMoEBlock(nn.Module):
             rows_C = getattr(self, f"sending_order_{i}")[rows_C]
         plan = plan_dispatch(rows_C, choices.token_C, len(visible), capacity, here_T)
         weights_C = self._mask_outputs(gate.weights(choices, plan.kept_C))
-        rows_ND = self.experts(gather_rows(normed_TD, plan), plan, shared, visible)
+        y_TD = self.experts.visit(normed_TD, choices, plan, weights_C, shared, visible, here_T)
         record = GateRecord.of(choices, plan.kept_C, here_T)
         losses = gate.losses(choices, here_T) | self.experts.losses(choices, visible, here_T)
-        y_TD = combine_rows(rows_ND, weights_C, plan, len(normed_TD), choices.most)
         return y_TD, record, losses
 
     def _mask_outputs(self, weights_C):

@@ -100,7 +100,7 @@ def plan_dispatch(expert_C, token_C, num_experts, capacity=None, here_T=None):
 
 def gather_rows(tokens_TD, dispatch):
     """Copy every token to its rows: (T, D) -> (N, D)."""
-    return _only_valid(tokens_TD.index_select(0, dispatch.row_token_N), dispatch)
+    return only_valid(tokens_TD.index_select(0, dispatch.row_token_N), dispatch)
 
 
 def combine_rows(rows_ND, weights_C, dispatch, num_tokens, most=None):
@@ -114,7 +114,7 @@ def combine_rows(rows_ND, weights_C, dispatch, num_tokens, most=None):
         most: the most choices of a token; None if that is not known.
     """
     weights_N = weights_C[dispatch.row_choice_N].to(rows_ND.dtype)
-    weighted_ND = _only_valid(rows_ND, dispatch) * weights_N.unsqueeze(1)
+    weighted_ND = only_valid(rows_ND, dispatch) * weights_N.unsqueeze(1)
     if rows_ND.is_cuda and not torch.is_grad_enabled() and (most is None or most > 2):
         return sum_in_order(weighted_ND, dispatch.row_token_N, num_tokens)
     out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
@@ -135,7 +135,7 @@ def sum_in_order(rows_ND, token_N, num_tokens):
     return out_TD
 
 
-def _only_valid(rows_ND, dispatch):
+def only_valid(rows_ND, dispatch):
     """Set unused rows, and their gradient, to zero: both may be undefined."""
     if dispatch.valid_N is None:
         return rows_ND

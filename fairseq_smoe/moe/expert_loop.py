@@ -64,12 +64,14 @@ class _ExpertLoop(torch.autograd.Function):
         rows_ND, w1_EDF, w2_EFD, *kept = ctx.saved_tensors
         (gradients1, gradients2), busy, activate = ctx.rest
         grad_rows_ND = torch.empty_like(rows_ND)
+        weights_train = any(ctx.needs_input_grad[1:5])
         for (e, run, width), before_MF, hidden_MF in zip(busy, kept[::2], kept[1::2]):
             w1_DF, w2_FD = w1_EDF[e], w2_EFD[e]
             if width is not None:
                 w1_DF, w2_FD = w1_DF[:, :width], w2_FD[:width]
             grad_MD = grad_ND[run]
-            gradients2.add(e, hidden_MF, grad_MD)
+            if weights_train:
+                gradients2.add(e, hidden_MF, grad_MD)
             grad_MF = grad_MD.mm(w2_FD.t())
             if activate is F.relu:
                 torch.ops.aten.threshold_backward.grad_input(
@@ -77,6 +79,7 @@ class _ExpertLoop(torch.autograd.Function):
                 )
             else:
                 (grad_MF,) = torch.autograd.grad(hidden_MF, before_MF, grad_MF, retain_graph=True)
-            gradients1.add(e, rows_ND[run], grad_MF)
+            if weights_train:
+                gradients1.add(e, rows_ND[run], grad_MF)
             torch.mm(grad_MF, w1_DF.t(), out=grad_rows_ND[run])
         return grad_rows_ND, *[None] * 8

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairseq_smoe.moe.dispatch import combine_rows, gather_rows
 from fairseq_smoe.moe.kind import Kind
 
 PADDING = ".experts.padding.zeros_E"  # how its name in a checkpoint ends
@@ -120,12 +121,33 @@ class Experts(Kind, nn.Module):
         return choices * self.num_parameters() / sum(self.strata)
 
     def forward_flops(self):
-        """FLOPs that a forward pass of the block takes whatever the number of tokens."""
+        """FLOPs that a forward pass of the block takes whatever the number of tokens, on all ranks
+        that share its experts together."""
         return 0
 
     def hidden_dim(self):
         """Mean number of hidden units of a row, to count memory."""
         return self.ffn_dim
+
+    def token_hidden_dim(self, visible, choices):
+        """Mean number of hidden units of a token in one pass besides those of its rows, to count
+        memory; for the arguments see :meth:`params_used`."""
+        return 0
+
+    @property
+    def trains_backbone(self):
+        """Whether the model trains what a dense model has, too. If not, only the gates, the experts
+        and parts of arrangements are trained."""
+        return True
+
+    def skipped_by_update(self, draw):
+        """Parameters that an update of the optimizer leaves as they are: their gradients are
+        dropped before clipping, and neither momentum nor weight decay changes them.
+
+        Args:
+            draw: ``random.Random``, in the same state on all ranks.
+        """
+        return ()
 
     @property
     def held(self):
@@ -176,6 +198,25 @@ class Experts(Kind, nn.Module):
         """Apply each expert to its run of rows; see :meth:`forward`. ``experts`` are indices into
         the experts that this process holds."""
         raise NotImplementedError
+
+    def visit(self, tokens_TD, choices, plan, weights_C, shared, visible, here_T=None):
+        """The output of one pass, before the residual: by default the weighted sum of the outputs
+        of a token's experts (paper, eq. 6).
+
+        Args:
+            tokens_TD: normalised tokens.
+            choices: the gate's :class:`~fairseq_smoe.moe.gate.Choices`.
+            plan: :class:`~fairseq_smoe.moe.dispatch.Dispatch`
+            weights_C: weight of every choice.
+            shared: what :meth:`share` returned.
+            visible: ``range`` of the experts that the gate sees.
+            here_T: True for the tokens that are at the gate; None for all.
+
+        Returns:
+            (T, D)
+        """
+        rows_ND = self(gather_rows(tokens_TD, plan), plan, shared, visible)
+        return combine_rows(rows_ND, weights_C, plan, len(tokens_TD), choices.most)
 
     def forward(self, rows_ND, runs, shared, experts):
         """Apply each expert to its run of rows, whichever process holds the expert.

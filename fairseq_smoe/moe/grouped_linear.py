@@ -29,13 +29,14 @@ class _Grouped(torch.autograd.Function):
         gradients, experts, runs = ctx.rest
         own, ends_E = slice(experts.start, experts.stop), runs.ends_E
         grad_NO = grad_NO.contiguous()
-        # the gradient of a bias sums over an expert's rows; computed as a product with ones
-        ones_N1 = grad_NO.new_ones(len(grad_NO), ALIGNMENT // grad_NO.element_size())
-        gradients.add_all(
-            experts,
-            F.grouped_mm(rows_NI.t(), grad_NO, offs=ends_E),
-            F.grouped_mm(ones_N1.t(), grad_NO, offs=ends_E)[:, 0],
-        )
+        if any(ctx.needs_input_grad[1:3]):
+            # the gradient of a bias sums over an expert's rows; computed as a product with ones
+            ones_N1 = grad_NO.new_ones(len(grad_NO), ALIGNMENT // grad_NO.element_size())
+            gradients.add_all(
+                experts,
+                F.grouped_mm(rows_NI.t(), grad_NO, offs=ends_E),
+                F.grouped_mm(ones_N1.t(), grad_NO, offs=ends_E)[:, 0],
+            )
         grad_NI = F.grouped_mm(grad_NO, weight_EIO[own].transpose(1, 2), offs=ends_E)
         return grad_NI, None, None, None, None, None
 

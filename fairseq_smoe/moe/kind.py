@@ -1,6 +1,9 @@
 """What gates, kinds of experts and arrangements have in common: a name and their own options."""
 
 from dataclasses import dataclass, field, fields
+from inspect import get_annotations
+
+from fairseq_smoe.errors import OptionError
 
 
 def option(default, text):
@@ -27,6 +30,20 @@ class KindOptions:
         Raises:
             OptionError: names the flag, the value and what would be right.
         """
+
+    def refuse_given(self, needed):
+        """Refuse options of this class that would do nothing, where another kind is chosen.
+
+        Args:
+            needed: option that they need.
+
+        Raises:
+            OptionError: one of them does not have its default.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in get_annotations(type(self)) and value != f.default:
+                raise OptionError(f"--{f.name.replace('_', '-')} {value}: needs {needed}")
 
     @classmethod
     def of(cls, options):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 import signal
 import sys
@@ -21,7 +22,7 @@ from fairseq_smoe.checkpoints.parts import (
     take_experts,
     write_part,
 )
-from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError
+from fairseq_smoe.errors import CheckpointError, DiskFullError, OneLineError, OptionError
 from fairseq_smoe.training import changing_experts, steering
 from fairseq_smoe.training.stop_signal import StopSignal
 from fairseq_smoe.training.trainer_options import (
@@ -30,7 +31,7 @@ from fairseq_smoe.training.trainer_options import (
     warn_without_gate_losses,
 )
 from fairseq_smoe.translation import layer_drop
-from fairseq_smoe.translation.layers import find_expert_group
+from fairseq_smoe.translation.layers import expert_layers, find_expert_group
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,9 @@ class SMoETrainer(Trainer):
         return [p for n, p in self._model.named_parameters() if is_expert_parameter(n)]
 
     def clip_grad_norm(self, clip_norm):
-        """Clip by the norm of the whole model's gradients, of which each rank has only a part."""
+        """Clip by the norm of the whole model's gradients, of which each rank has only a part.
+        Gradients that this update is to leave out are dropped before."""
+        self._drop_gradients()
         if self.expert_group is None:
             return super().clip_grad_norm(clip_norm)
         # in half precision, float32 copies of the parameters have the gradients and experts' marks
@@ -123,6 +126,24 @@ class SMoETrainer(Trainer):
         self.changing.before_batch(counts=not is_dummy)
         return sample, is_dummy
 
+    def _drop_gradients(self):
+        """Drop the gradients of parameters that experts want this update to skip."""
+        draw = random.Random(f"{self.cfg.common.seed} {self.get_num_updates()}")
+        blocks = [layer.routed_block for _, layer in expert_layers(self._model)]
+        skipped = {p for block in blocks for p in block.experts.skipped_by_update(draw)}
+        if not skipped:
+            return
+        # in half precision, the optimizer has float32 copies of the parameters, and gradients of
+        # its own
+        copies = getattr(self.optimizer, "fp32_params", None)
+        if copies is not None:
+            self.optimizer._sync_fp16_grads_to_fp32()  # else clipping would make new ones
+            for parameter, copy in zip(self.optimizer.fp16_params, copies):
+                if parameter in skipped:
+                    copy.grad = None
+        for parameter in skipped:
+            parameter.grad = None
+
     # ----------------------------------------------------------------------------------
     # checkpoints
 
@@ -137,7 +158,18 @@ class SMoETrainer(Trainer):
 
     def _take_share(self, _, state_dict):
         """Reduce the loaded optimizer state of all experts to that of this rank's experts. Clone
-        the rest, so that the checkpoint file is no longer needed."""
+        the rest, so that the checkpoint file is no longer needed.
+
+        Raises:
+            OptionError: the checkpoint was trained with other parameters frozen.
+        """
+        theirs = sum(len(group["params"]) for group in state_dict["param_groups"])
+        ours = sum(len(group["params"]) for group in self.optimizer.optimizer.param_groups)
+        if theirs != ours:
+            raise OptionError(
+                f"--pesc-freeze: this training changes {ours} parameter tensors, the checkpoint's "
+                f"optimizer {theirs}; give the checkpoint's --pesc-freeze, or --reset-optimizer"
+            )
         names = self._trained_names()
         group = self.expert_group
         for number, entries in state_dict["state"].items():

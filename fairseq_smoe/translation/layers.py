@@ -151,6 +151,17 @@ def expert_layers(model):
     ]
 
 
+def freeze_backbone(model):
+    """Train only what expert layers add to a dense model: not the layers around the expert blocks,
+    and not the blocks' LayerNorms. Parameters that are frozen already stay so."""
+    trained = set()
+    for _, layer in expert_layers(model):
+        norms = set(layer.routed_block.norms.parameters())
+        trained |= {p for p in layer.expert_block.parameters() if p.requires_grad} - norms
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+
+
 def find_expert_group(model):
     """The :class:`~fairseq_smoe.moe.expert_group.ExpertGroup` over which a model's experts are
     sharded; None if this process holds all of them."""

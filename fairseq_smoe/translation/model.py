@@ -18,7 +18,13 @@ from fairseq_smoe.moe.doors import pool_of
 from fairseq_smoe.moe.expert_group import form_expert_group
 from fairseq_smoe.translation.checkpoint_layout import check_layout, check_vocabulary
 from fairseq_smoe.translation.layer_drop import drop_alike
-from fairseq_smoe.translation.layers import SMoEDecoderLayer, SMoEEncoderLayer, find_expert_group
+from fairseq_smoe.translation.layers import (
+    SMoEDecoderLayer,
+    SMoEEncoderLayer,
+    expert_layers,
+    find_expert_group,
+    freeze_backbone,
+)
 from fairseq_smoe.translation.options import (
     SMoETransformerOptions,
     check_options,
@@ -102,7 +108,10 @@ class SMoETransformer(TransformerModelBase):
                 expert_parallel_size(options, pool_of(options, strata), dist.get_world_size()),
                 getattr(getattr(task, "args", None), "distributed_timeout", None),
             )
-        return super().build_model(TransformerConfig.from_namespace(options), task)
+        model = super().build_model(TransformerConfig.from_namespace(options), task)
+        if not all(layer.routed_block.experts.trains_backbone for _, layer in expert_layers(model)):
+            freeze_backbone(model)
+        return model
 
     @classmethod
     def build_encoder(cls, cfg, src_dict, embed_tokens):

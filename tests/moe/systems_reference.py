@@ -27,7 +27,7 @@ class Reference:
     chosen: list
 
 
-def run(block, tokens, choose, apply):
+def run(block, tokens, choose, apply, leave=None):
     """Send tokens through the strata (paper, eq. 4-7), without dropout, capacity and padding.
 
     Args:
@@ -36,6 +36,7 @@ def run(block, tokens, choose, apply):
         choose: ``choose(gate, h)`` returns ``({expert: weight}, best expert)`` for the normalised
             token ``h`` (D,) at a gate; experts are numbered from the first of the block.
         apply: ``apply(expert, h)`` returns the output (D,) of an expert.
+        leave: ``leave(h)`` returns what a token gets besides in its last pass.
     """
     strata = block.strata
     stratum_of = [i for i, size in enumerate(strata) for _ in range(size)]
@@ -50,6 +51,8 @@ def run(block, tokens, choose, apply):
             chosen[gate].append(weights)
             for expert, weight in weights.items():
                 token = token + weight * apply(expert, h)
+            if leave is not None and stratum_of[best] == len(strata) - 1:
+                token = token + leave(h)
             num_visits += len(weights)
             num_passes += 1
             gate = stratum_of[best] + 1
@@ -64,6 +67,20 @@ def ffn(experts, e, h, activation=torch.relu):
     """Expert ``e`` of ``FFNExperts``."""
     hidden = activation(h @ experts.fc1_weight[e] + experts.fc1_bias[e])
     return hidden @ experts.fc2_weight[e] + experts.fc2_bias[e]
+
+
+def choose_top_k(block, k):
+    """``choose`` of the paper's gate in evaluation: the k best experts; the weights of two are
+    renormalised."""
+
+    def choose(i, h):
+        p_E = (block.gates[i].weight @ h).softmax(0)
+        taken = sorted(range(len(p_E)), key=lambda e: -p_E[e].item())[:k]
+        total = sum(p_E[e] for e in taken) if len(taken) > 1 else 1
+        first = block.visible[i].start
+        return {first + e: p_E[e] / total for e in taken}, first + taken[0]
+
+    return choose
 
 
 def assert_block_is(block, x, padding, choose, apply, losses):
@@ -146,19 +163,6 @@ def choose_by_threshold(block, thresholds, renormalised):
 
 # --------------------------------------------------------------------------------------
 # HMoE (arXiv 2408.10681)
-
-
-def choose_top_k(block, k):
-    """The k best experts; the weights of two are renormalised."""
-
-    def choose(i, h):
-        p_E = (block.gates[i].weight @ h).softmax(0)
-        taken = sorted(range(len(p_E)), key=lambda e: -p_E[e].item())[:k]
-        total = sum(p_E[e] for e in taken) if len(taken) > 1 else 1
-        first = block.visible[i].start
-        return {first + e: p_E[e] / total for e in taken}, first + taken[0]
-
-    return choose
 
 
 def sized_ffn(experts, widths, e, h, activation=torch.relu):
@@ -273,3 +277,39 @@ def top_any_losses(gate, tokens):
         "gate_simplicity": sum(v.norm() for v in vectors) / len(live),
         "gate_efficiency": efficiency,
     }
+
+
+# --------------------------------------------------------------------------------------
+# MPOE and PESC
+
+
+def tensor_product(experts, e, h):
+    """Expert ``e`` of ``TensorProductExperts``: its tensors contracted from first to last."""
+    stratum = next(i for i in range(len(experts.strata)) if e < sum(experts.strata[: i + 1]))
+    place = stratum if len(experts.common.fc1_bias) > 1 else 0
+    for layer in ("fc1", "fc2"):
+        names = [f"{layer}_tensor{k + 1}" for k in range(len(experts.shapes[layer]))]
+        tensors = [getattr(experts, n)[e] if hasattr(experts, n) else None for n in names]
+        tensors[tensors.index(None)] = getattr(experts.common, f"{layer}_central")[place]
+        matrix = tensors[0]
+        for tensor in tensors[1:]:
+            matrix = torch.tensordot(matrix, tensor, dims=1)
+        matrix = matrix.squeeze(-1).squeeze(0)  # (i1, j1, i2, j2, ...)
+        axes = range(matrix.dim())
+        h = matrix.permute(*axes[::2], *axes[1::2]).reshape(len(h), -1).t() @ h
+        h = h + getattr(experts.common, f"{layer}_bias")[place]
+        h = h.relu() if layer == "fc1" else h
+    return h
+
+
+def shared_ffn(experts, h):
+    """The FFN in front of the adapters of ``AdapterExperts``."""
+    fc1, fc2 = experts.ffn.fc1, experts.ffn.fc2
+    return fc2.weight @ (fc1.weight @ h + fc1.bias).relu() + fc2.bias
+
+
+def adapter(experts, e, h):
+    """Expert ``e`` of ``AdapterExperts``, without the skip connection."""
+    if e >= sum(experts.strata[:-1]):
+        h = shared_ffn(experts, h)
+    return (h @ experts.down_weight[e]).relu() @ experts.up_weight[e] * experts.options.pesc_scale

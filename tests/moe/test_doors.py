@@ -217,7 +217,7 @@ def build(**changes):
 def test_what_the_project_has():
     assert {flag: list(doors.named_kinds(flag)) for flag in doors.DOORS} == {
         "--moe-gate": ["threshold", "top-any", "top-k"],
-        "--moe-experts": ["ffn", "sized"],
+        "--moe-experts": ["adapter", "ffn", "sized", "tensor-product"],
         "--moe-arrangement": ["cmr", "multi-head", "stacking"],
     }
 
@@ -256,7 +256,10 @@ def test_arrangements_hold_each_other():
         ({"moe_gate": "no_module_of_this_name:Gate"}, "add --moe-modules no_module_of_this_name"),
         ({"moe_gate": f"{__name__}:Missing"}, "has no class Missing that is a Gate"),
         ({"moe_gate": f"{__name__}:ScalingExperts"}, "has no class ScalingExperts that is a Gate"),
-        ({"moe_experts": "fnn"}, "--moe-experts fnn: expected ffn or sized, or module:Class"),
+        (
+            {"moe_experts": "fnn"},
+            "--moe-experts fnn: expected adapter or .*, or module:Class",
+        ),
         ({"moe_arrangement": "cmr,os:path"}, "os has no class path that is a Arrangement"),
     ],
 )

@@ -117,7 +117,7 @@ def gradients(data, *words, gate_loss_weight=1.0, **options):
     return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["smoe", "stacking", "cmr"])
+@pytest.mark.parametrize("name", ["smoe", "stacking", "cmr", "mpoe", "pesc"])
 def test_checkpoint_activations_changes_no_gradient(name, data):
     """Nor does it lose that of the balance loss, which is no output of a layer."""
     words = [*toy_task.MODELS[name], "--dropout", "0.1"]

@@ -53,6 +53,9 @@ class FFNExperts(Experts):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.make_parameters()
+
+    def make_parameters(self):
         widths = {"fc1": (self.embed_dim, self.ffn_dim), "fc2": (self.ffn_dim, self.embed_dim)}
         for layer, (width, out_width) in widths.items():
             # as in nn.Linear, so that experts are initialised like a dense FFN
@@ -61,47 +64,73 @@ class FFNExperts(Experts):
                 tensor_E = torch.empty(sum(self.strata), *shape).uniform_(-bound, bound)
                 self.add_stacked(f"{layer}_{name}", tensor_E)
 
+    def weights(self, dtype):
+        """Weights and biases of both layers: (E, D, F), (E, F), (E, F, D), (E, D)."""
+        return tuple(parameter.to(dtype) for parameter in self.stacked())
+
     def share(self, dtype):
         """:class:`SharedExperts`
 
         Raises:
             ValueError: backend "grouped_mm" cannot multiply with these weights.
         """
-        device = self.fc1_weight.device.type
+        device = self.stacked()[0].device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        w1, b1, w2, b2 = (parameter.to(dtype) for parameter in self.stacked())
-        grouped = self.multiplies_grouped(w1)
+        w1, b1, w2, b2 = self.weights(dtype)
+        grouped = self.multiplies_in_groups(w1)
+        _log_once("grouped_mm" if grouped else "loop", device, dtype)
+        waits = not grouped or self.exchanges
+        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
+
+    def multiplies_in_groups(self, w1):
+        """Whether to multiply with ``grouped_mm``.
+
+        Args:
+            w1: (E, D, F) weights of a first layer.
+
+        Raises:
+            ValueError: backend "grouped_mm" cannot multiply with these weights.
+        """
+        backend = self.options.moe_expert_backend
+        grouped = grouped_mm_is_fast(w1) if backend == "auto" else backend != "loop"
         if grouped and not grouped_mm_takes(w1):
             raise ValueError(
                 f"backend='grouped_mm': cannot take experts of {tuple(w1.shape[1:])} {w1.dtype}; "
                 f"rows have to be a multiple of {ALIGNMENT} bytes, and the type not float64"
             )
-        _log_once("grouped_mm" if grouped else "loop", device, dtype)
-        waits = not grouped or self.exchanges
-        return SharedExperts(SharedWeight(w1, b1), SharedWeight(w2, b2), grouped, waits)
-
-    def multiplies_grouped(self, w1_EDF):
-        """Whether to multiply with ``grouped_mm``."""
-        backend = self.options.moe_expert_backend
-        return grouped_mm_is_fast(w1_EDF) if backend == "auto" else backend != "loop"
+        return grouped
 
     def widths_here(self):
         """Numbers of hidden units of the experts in :meth:`stacked`; None if all of them exist."""
         return None
 
     def multiply(self, rows_ND, runs, shared, experts):
-        rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
         drops = self.training and self.activation_dropout
         activate = self._activate_and_drop if drops else self.activation_fn
-        if not shared.grouped:
-            weights, widths = (shared.fc1, shared.fc2), self.widths_here()
-            return expert_loop(rows_ND, runs.rows_per_expert, *weights, experts, activate, widths)
-        hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
-        return grouped_linear(hidden_NF, shared.fc2, experts, runs)
+        return two_layers(rows_ND, runs, shared, experts, activate, self.widths_here())
 
     def _activate_and_drop(self, hidden_NF):
         return F.dropout(self.activation_fn(hidden_NF), self.activation_dropout)
+
+
+def two_layers(rows_ND, runs, shared, experts, activate, widths=None):
+    """Apply both layers of each expert to its run of rows, with either backend.
+
+    Args:
+        shared: :class:`SharedExperts`
+        activate: function between the layers.
+        widths: see :func:`~fairseq_smoe.moe.expert_loop.expert_loop`; with this backend only.
+
+    Returns:
+        (N, D)
+    """
+    rows_ND = rows_ND.to(shared.fc1.weight_EIO.dtype)
+    if not shared.grouped:
+        weights = shared.fc1, shared.fc2
+        return expert_loop(rows_ND, runs.rows_per_expert, *weights, experts, activate, widths)
+    hidden_NF = activate(grouped_linear(rows_ND, shared.fc1, experts, runs))
+    return grouped_linear(hidden_NF, shared.fc2, experts, runs)
 
 
 @functools.cache

@@ -182,7 +182,7 @@ class SizedExperts(FFNExperts):
             return None
         return self.group.share(self.widths) if self.exchanges else self.widths
 
-    def multiplies_grouped(self, w1_EDF):
+    def multiplies_in_groups(self, w1_EDF):
         return False
 
     def losses(self, choices, visible, here_T=None):
