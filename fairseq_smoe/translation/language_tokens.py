@@ -3,7 +3,7 @@
 import torch
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
-from fairseq_smoe.translation.searches import search_for_words
+from fairseq_smoe.translation.searches import NoRepeatedPhrases, search_for_words
 
 
 class LanguageTokens:
@@ -62,6 +62,9 @@ class LanguageTokens:
             )
             generator.search = search
             generator.should_set_src_lengths = getattr(search, "needs_src_lengths", False)
+            if (blocker := generator.repeat_ngram_blocker) is not None:
+                size = blocker.no_repeat_ngram_size
+                generator.repeat_ngram_blocker = NoRepeatedPhrases(size, in_target)
             if self.target is not None:
                 count_words(generator)
         if extract := getattr(generator, "extract_alignment", None):

@@ -161,3 +161,24 @@ class AsManyWords(LengthConstrainedBeamSearch):
         complete = (step >= self.src_lengths)[:, None, None]
         lprobs.masked_fill_(complete & others, -math.inf)
         return super().step(step, lprobs, scores)
+
+
+class NoRepeatedPhrases(torch.nn.Module):
+    """--no-repeat-ngram-size. fairseq's compares with the padding behind a hypothesis instead of
+    its last words, and so lets everything repeat."""
+
+    def __init__(self, size, num_forced):
+        super().__init__()
+        self.size = size
+        self.num_forced = num_forced
+
+    def forward(self, tokens, lprobs, bsz, beam_size, step):
+        """Make words impossible, (B * beam, V), that would end a phrase that is there already."""
+        words = tokens[:, 1 + self.num_forced : step + 1]
+        if words.size(1) >= self.size:
+            phrases = words.unfold(1, self.size, 1)  # (B * beam, number, size)
+            last = words[:, words.size(1) + 1 - self.size :].unsqueeze(1)
+            begun = (phrases[..., :-1] == last).all(-1)
+            row, phrase = begun.nonzero(as_tuple=True)
+            lprobs[row, phrases[row, phrase, -1]] = -math.inf
+        return lprobs

@@ -133,6 +133,21 @@ def test_as_many_words_as_the_source(search):
             assert score == -torch.inf or len(words) == len(source)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_phrase_is_repeated(search, size):
+    def repeats(words):
+        phrases = [tuple(words[i : i + size]) for i in range(len(words) + 1 - size)]
+        return len(phrases) > len(set(phrases))
+
+    changed = 0
+    for hypotheses, plain in zip(search(no_repeat_ngram_size=size), search()):
+        assert not any(repeats(words) for score, words in hypotheses if score > -torch.inf)
+        changed += hypotheses[0] != plain[0]
+        if not any(repeats(words) for _, words in plain):
+            assert hypotheses[0] == plain[0]
+    assert changed or size > 1
+
+
 def test_parts_of_a_test_set(data, trained):
     """--num-shards and --shard-id: every sentence is in one part."""
     options = {"gen_subset": "valid", "max_tokens": 60, "num_shards": 2}
