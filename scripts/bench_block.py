@@ -16,6 +16,8 @@ how many times as long as the block they take. Also prints the peak memory of bl
 each measured in a separate process. Example:
 
     python scripts/bench_block.py --strata 8 4-4 2-2-2-2 4-12 --to results/bench_block
+
+With --systems, compares the systems of docs/systems.md instead, see block_systems.py.
 """
 
 import argparse
@@ -30,6 +32,8 @@ import torch
 import torch.distributed as dist
 from benchmarking import add_common_options, in_turns, publish, quartiles
 from block_contestants import DenseFFN, ExpertProducts, FairscaleFFN, OneHotBlock, kept_choices
+from block_systems import SYSTEMS, measure_systems
+from block_systems import as_markdown as systems_as_markdown
 from tqdm import tqdm
 
 from fairseq_smoe.moe.block import SMoEBlock
@@ -208,6 +212,7 @@ def main():
     add("--ffn-dim", type=int, default=2048, help="(default: %(default)s)")
     add_common_options(parser, rounds=7)
     add("--backend", choices=BACKENDS, default="auto", help="of the experts (default: %(default)s)")
+    add("--systems", action="store_true", help="the systems of docs/systems.md, with 4096 tokens")
     add("--memory-of", choices=["block", "one-hot"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -217,6 +222,10 @@ def main():
         return print_memory(args)
     if not on_gpu:
         keep_freed_memory()  # as a training does
+    if args.systems:
+        with tqdm(total=args.rounds * len(SYSTEMS), unit="round") as progress:
+            results = measure_systems(args, step, progress)
+        return publish(systems_as_markdown(results), args, {"results": results}, None)
     cases = [(s, t) for s in args.strata for t in args.tokens]
     with tempfile.TemporaryDirectory() as folder:
         # fairscale needs a process group

@@ -199,7 +199,7 @@ def publish(table, args, numbers, draw_to):
 
     Args:
         numbers: dict for results.json, which also gets the machine and the settings.
-        draw_to: function that draws the picture, called with its path.
+        draw_to: function that draws the picture, called with its path; None for no picture.
     """
     print(table)
     if args.to is None:
@@ -209,7 +209,8 @@ def publish(table, args, numbers, draw_to):
     settings = {k: v for k, v in vars(args).items() if k not in ("to", "memory_of", "dtype")}
     facts = {**machine(), "settings": settings, **numbers}
     (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    draw_to(args.to / "efficiency.png")
+    if draw_to is not None:
+        draw_to(args.to / "efficiency.png")
 
 
 def machine():

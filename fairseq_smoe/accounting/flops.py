@@ -21,9 +21,11 @@ def render(benchmark):
         "| relative to dense | paper |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    dense = None
+    dense, notes = None, []
     for row in benchmark.rows:
-        params, flops = count_row(benchmark, row)
+        params, flops, fixed = count_row(benchmark, row)
+        if fixed:
+            notes.append(f"{row.name}: besides {fixed / 1e9:.0f} GFLOPs per forward pass.")
         dense = dense or flops
         printed = relative = ""
         if row.mflops:
@@ -32,15 +34,16 @@ def render(benchmark):
             f"| {row.name} | `{row.options}` | {params / 1e6:.1f}M | {row.params} "
             f"| {flops / 1e6:.0f} | {printed} | {flops / dense:.3f} | {relative} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
 
 
 def count_row(benchmark, row, scale="paper"):
-    """``(parameters, forward FLOPs per token)`` of a row of a benchmark at a scale."""
+    """``(parameters, forward FLOPs per token, FLOPs per forward pass)`` of a row of a benchmark at a
+    scale. The last are taken whatever the number of tokens."""
     model, options = build_on_meta(
         model_options(benchmark, row, scale), vocab_size(benchmark, scale)
     )
-    return count_parameters(model), flops_per_token(model, options)
+    return count_parameters(model), flops_per_token(model, options), flops_per_forward(model)
 
 
 def count_parameters(model):
@@ -79,6 +82,14 @@ def flops_per_token(model, options):
     attention_sublayers = options.encoder_layers + 2 * options.decoder_layers
     attention = 2 * options.encoder_embed_dim * CONTEXT_LENGTH * attention_sublayers
     return 2 * (shared + visited) + attention
+
+
+def flops_per_forward(model):
+    """FLOPs that a forward pass takes whatever the number of tokens, to make the weights of experts
+    from their parameters."""
+    from fairseq_smoe.translation.layers import expert_layers
+
+    return sum(layer.routed_block.experts.forward_flops() for _, layer in expert_layers(model))
 
 
 def build_on_meta(command_line, vocab_size):

@@ -1,7 +1,7 @@
 """The paper's benchmarks: data, training, and the rows and columns of its Tables 1-3.
 
 ``benchmarks/m4.json``, ``m15.json`` and ``opus100.json`` have all of this, and the source of each
-training option.
+training option. ``family.json`` has the systems of docs/systems.md as rows, on the data of M4.
 """
 
 import csv
@@ -15,7 +15,8 @@ from pathlib import Path
 from fairseq_smoe.benchmarks.check import check_benchmark
 from fairseq_smoe.errors import OptionError
 
-NAMES = ("m4", "m15", "opus100")
+PAPERS = ("m4", "m15", "opus100")  # with published text and printed figures
+NAMES = (*PAPERS, "family")
 
 _FOLDER = resources.files("fairseq_smoe") / "benchmarks"
 
@@ -158,7 +159,7 @@ def load(name):
         OptionError: no such benchmark, or the file cannot be used.
     """
     if name in NAMES:
-        return _build(name, _published(name))
+        return _build(name, _completed(_published(name)))
     path = Path(name)
     if path.suffix != ".json":
         raise OptionError(
@@ -166,7 +167,7 @@ def load(name):
             "of your own"
         )
     if path.stem in NAMES:
-        raise OptionError(f"{name}: {path.stem} is one of the paper's; give the file another name")
+        raise OptionError(f"{name}: {path.stem} exists already; give the file another name")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -206,8 +207,8 @@ def _completed(own):
         raise ValueError("expected an object, {...}")
     if "like" not in own:
         return own
-    if own["like"] not in NAMES:
-        raise ValueError(f"like {own['like']}: choose one of {', '.join(NAMES)}")
+    if own["like"] not in PAPERS:
+        raise ValueError(f"like {own['like']}: choose one of {', '.join(PAPERS)}")
     other = _without_the_papers(_published(own.pop("like")))
     merged = {key: {**other[key], **own.get(key, {})} for key in ("training", "size")}
     return {**other, **own, **merged}

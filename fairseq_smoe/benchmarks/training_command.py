@@ -7,6 +7,9 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.plugin_folder import PLUGIN_FOLDER
 
 
+WIDTHS = ("--moe-ffn-dim", "--pesc-adapter-dim")  # options of rows that follow the scale
+
+
 def model_options(benchmark, row, scale):
     """Options that choose the model.
 
@@ -32,7 +35,11 @@ def model_options(benchmark, row, scale):
             *("--encoder-ffn-embed-dim", str(benchmark.size["ffn_embed_dim"] // shrink.width)),
             *("--encoder-attention-heads", heads, "--decoder-attention-heads", heads),
         ]
-    return options + shlex.split(row.options)
+    own = shlex.split(row.options)
+    for i, option in enumerate(own[:-1]):
+        if option in WIDTHS:
+            own[i + 1] = str(int(own[i + 1]) // shrink.width)
+    return options + own
 
 
 def vocab_size(benchmark, scale):

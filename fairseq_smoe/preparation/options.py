@@ -70,7 +70,7 @@ def add_arguments(parser):
 def _add_text(group):
     group.add_argument(
         "--benchmark",
-        help=f"one of the paper's, {', '.join(benchmark.NAMES)}, or a .json file like theirs: sets "
+        help=f"one of the paper's, {', '.join(benchmark.PAPERS)}, or a .json file like theirs: sets "
         "languages, splits, vocabulary, temperature and source",
     )
     group.add_argument(

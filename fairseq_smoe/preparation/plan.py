@@ -118,7 +118,7 @@ def make_plan(args):
             "--benchmark: give m4, m15 or opus100, or the text and languages of your own with "
             "--from DIR --pairs en-de,en-nl"
         )
-    if benchmark and args.benchmark not in benchmarks.NAMES and not args.sources:
+    if benchmark and args.benchmark not in benchmarks.PAPERS and not args.sources:
         raise OptionError(f"--benchmark {args.benchmark}: give its text with --from")
     if args.scale != "paper" and not benchmark:
         raise OptionError(f"--scale {args.scale}: is for --benchmark; give --vocab-size instead")

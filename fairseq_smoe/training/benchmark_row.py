@@ -209,7 +209,7 @@ def _check_data(data, facts):
     benchmark, scale = benchmarks.load(facts["benchmark"]), facts["scale"]
     scaled = "" if scale == "paper" else f" --scale {scale}"
     remedy = f"bash data-prep/{benchmark.name}.sh {data}{scaled}"
-    if benchmark.name not in benchmarks.NAMES:
+    if benchmark.name not in benchmarks.PAPERS:
         remedy = (
             f"python -m fairseq_smoe prepare --benchmark {facts['benchmark']} --from TEXT --to "
             f"{data}{scaled}"

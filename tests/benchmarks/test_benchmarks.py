@@ -53,7 +53,7 @@ def tar_gz(members):
 
 
 def test_the_benchmarks_are_those_of_the_paper():
-    m4, m15, opus = map(benchmark.load, benchmark.NAMES)
+    m4, m15, opus = map(benchmark.load, benchmark.PAPERS)
     assert m4.pairs() == ["eng-nso", "eng-msa", "eng-tgl", "eng-cat"]
     assert set(m4.pairs()) < set(m15.pairs()) and len(m15.pairs()) == 15
     assert m15.flores_codes()["msa"] == "zsm_Latn"
@@ -65,7 +65,7 @@ def test_the_benchmarks_are_those_of_the_paper():
     assert len(sources.opus100_archives()) == 99
 
 
-@pytest.mark.parametrize("name", benchmark.NAMES)
+@pytest.mark.parametrize("name", benchmark.PAPERS)
 def test_the_scripts_explain_themselves_and_name_mistakes(name, tmp_path):
     script = f"data-prep/{name}.sh"
     for arguments, returncode in ((["--help"], 0), ([], 2), (["--from", "x"], 2)):

@@ -60,7 +60,7 @@ def lines_of(target):
     return report, facts, dropped
 
 
-@pytest.mark.parametrize("name", benchmarks.NAMES)
+@pytest.mark.parametrize("name", benchmarks.PAPERS)
 def test_the_papers_benchmarks_are_the_published_text(name):
     assert benchmarks.load(name).clean == "none"
 

@@ -109,7 +109,7 @@ def read_csv(path):
 # the paper's table
 
 
-@pytest.mark.parametrize("name", benchmark.NAMES)
+@pytest.mark.parametrize("name", benchmark.PAPERS)
 def test_means_recomputed_from_the_columns_are_the_printed_ones(name):
     """Each column is rounded to 0.005, and so is the mean."""
     bm = benchmark.load(name)
@@ -123,7 +123,7 @@ def test_means_recomputed_from_the_columns_are_the_printed_ones(name):
     assert paper_table.recompute_means(bm, changed)["avg"] < bm.rows[0].scores["avg"] - 1
 
 
-@pytest.mark.parametrize("name", benchmark.NAMES)
+@pytest.mark.parametrize("name", benchmark.PAPERS)
 def test_printed_table_holds_the_transcribed_figures(name):
     path = TRANSCRIBED / FILES[name]
     if not path.exists():
