@@ -67,7 +67,7 @@ MORE_CASES = {
     "last epochs": ({"no_epoch_checkpoints": False, "keep_last_epochs": 2}, 15),
     "last updates": ({"keep_interval_updates": 2}, 15),
     "updates by pattern": ({"keep_interval_updates": 1, "keep_interval_updates_pattern": 4}, 15),
-    "late validation": ({"validate_after_updates": 6, "patience": 4, **STILL}, 10),
+    "late validation": ({"validate_after_updates": 6, "patience": 4, **STILL}, 12),
     "rare validation": (
         {"validate_interval": 2, "save_interval_updates": 0, "patience": 1, **STILL},
         12,
