@@ -79,7 +79,7 @@ MORE_CASES = {
     "most updates": ({"max_update": 8, "max_epoch": None}, 8),
     "curriculum": ({"curriculum": 2}, 15),
     "update frequency by epoch": ({"update_freq": "1,2,1"}, 14),
-    "new batches every epoch": ({"update_epoch_batch_itr": True}, 15),
+    "new batches every epoch": ({"update_epoch_batch_itr": "True"}, 15),
     "order by epoch": ({"update_ordered_indices_seed": True, "grouped_shuffling": True}, 15),
     "mean of the weights": ({"store_ema": True, "ema_update_freq": 2, "ema_decay": 0.5}, 15),
 }
