@@ -67,7 +67,7 @@ MORE_CASES = {
     "last epochs": ({"no_epoch_checkpoints": False, "keep_last_epochs": 2}, 15),
     "last updates": ({"keep_interval_updates": 2}, 15),
     "updates by pattern": ({"keep_interval_updates": 1, "keep_interval_updates_pattern": 4}, 15),
-    "late validation": ({"validate_after_updates": 6, "patience": 4, **STILL}, 10),
+    "late validation": ({"validate_after_updates": 6, "patience": 4, **STILL}, 12),
     "rare validation": (
         {"validate_interval": 2, "save_interval_updates": 0, "patience": 1, **STILL},
         12,
@@ -79,7 +79,7 @@ MORE_CASES = {
     "most updates": ({"max_update": 8, "max_epoch": None}, 8),
     "curriculum": ({"curriculum": 2}, 15),
     "update frequency by epoch": ({"update_freq": "1,2,1"}, 14),
-    "new batches every epoch": ({"update_epoch_batch_itr": True}, 15),
+    "new batches every epoch": ({"update_epoch_batch_itr": "True"}, 15),
     "order by epoch": ({"update_ordered_indices_seed": True, "grouped_shuffling": True}, 15),
     "mean of the weights": ({"store_ema": True, "ema_update_freq": 2, "ema_decay": 0.5}, 15),
 }

@@ -236,6 +236,38 @@ def test_a_process_that_does_not_answer_is_named(size, data, tmp_path):
     )
 
 
+GREEDY = """
+import os
+import torch
+from fairseq_smoe.moe.gates.top_k import TopKGate
+
+
+class GreedyGate(TopKGate):
+    name = None
+
+    def forward(self, *args):
+        if self.training == {in_training} and os.environ.get("RANK") == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(*args)
+"""
+
+
+@pytest.mark.parametrize(
+    "in_training, option",
+    [(True, "--max-tokens 700"), pytest.param(False, "--max-tokens-valid", marks=pytest.mark.slow)],
+)
+def test_memory_that_runs_out_in_one_process_ends_all(in_training, option, data, tmp_path):
+    """fairseq would leave out this process's batch, or try it again, and the other would wait."""
+    (tmp_path / "greedy.py").write_text(GREEDY.format(in_training=in_training))
+    options = {"moe_gate": "greedy:GreedyGate", "disable_validation": False, "max_update": 2}
+    options["user_dir"] = REPOSITORY / "fairseq_smoe"
+    started = command(data, tmp_path / "run", moe_expert_parallel_size=2, **options)
+    outcome = run(*started, cwd=tmp_path, check=False)
+    assert outcome.returncode != 0
+    message = f"error: {option}: rank 1 is out of memory, and the others wait for it"
+    assert message in outcome.stderr, outcome.tail()
+
+
 # --------------------------------------------------------------------------------------
 # no space, damaged files
 
