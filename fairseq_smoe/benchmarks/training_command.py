@@ -6,7 +6,6 @@ from fairseq_smoe.benchmarks.scale import SCALES
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.plugin_folder import PLUGIN_FOLDER
 
-
 WIDTHS = ("--moe-ffn-dim", "--pesc-adapter-dim")  # options of rows that follow the scale
 
 

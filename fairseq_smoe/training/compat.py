@@ -22,7 +22,6 @@ def apply():
     refuse_to_train_nothing()
     keep_off_the_tpu()
     let_ddp_run_on_cpu()
-    keep_the_last_batch()
     write_log_files_once()
     explain_chosen_parts_in_help()
     refuse_options_that_do_not_work()
@@ -114,25 +113,6 @@ def let_ddp_run_on_cpu():
         return stock(module, device_ids=device_ids, output_device=output_device, **kwargs)
 
     distributed_fairseq_model.DistributedDataParallel = ddp
-
-
-def keep_the_last_batch():
-    """The installed fairseq drops the last batch if its size is not a multiple of
-    --required-batch-size-multiple (default 8). Some sentences of a test set would not be translated
-    and scored, without a warning."""
-    from fairseq.data import data_utils
-
-    stock = data_utils.batch_by_size
-
-    @wraps(stock)
-    def batch_by_size(indices, *args, **kwargs):
-        batches = list(stock(indices, *args, **kwargs))
-        batched = sum(map(len, batches))
-        if batched < len(indices):  # batches are consecutive parts of the indices
-            batches.append(indices[batched:])
-        return batches
-
-    data_utils.batch_by_size = batch_by_size
 
 
 def write_log_files_once():

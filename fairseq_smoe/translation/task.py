@@ -20,6 +20,7 @@ from fairseq_smoe.translation.data_manager import DirectionDataManager, check_tr
 from fairseq_smoe.translation.empty_sources import translate_sentences
 from fairseq_smoe.translation.language_tokens import LanguageTokens
 from fairseq_smoe.translation.languages import complete_languages
+from fairseq_smoe.translation.last_batch import with_the_last_batch
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.memory import keep_freed_memory
 from fairseq_smoe.translation.option_values import python_dictionary
@@ -153,13 +154,15 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
     ):
         if self.training:  # fairseq does this for training sets only
             max_positions = utils.resolve_max_positions(max_positions, max_tokens)
-        iterator = super().get_batch_iterator(
-            dataset, max_tokens, *args, max_positions=max_positions, **kwargs
-        )
+        make = with_the_last_batch(super().get_batch_iterator)
+        iterator = make(dataset, max_tokens, *args, max_positions=max_positions, **kwargs)
         # fairseq's multilingual task does not pass these two options on
         iterator.skip_remainder_batch = skip_remainder_batch
         iterator.grouped_shuffling = grouped_shuffling
         return iterator
+
+    def create_batch_sampler_func(self, *args, **kwargs):
+        return with_the_last_batch(super().create_batch_sampler_func(*args, **kwargs))
 
     def filter_indices_by_size(self, indices, dataset, max_positions=None, *args, **kwargs):
         if not (self.training and isinstance(max_positions, tuple)):

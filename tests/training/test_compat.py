@@ -3,11 +3,9 @@ their tests in test_cli_resume.py (two processes) and test_cli_training.py (prec
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 import toy_task
-from fairseq.data import data_utils
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
@@ -102,28 +100,6 @@ def test_repairs_are_applied_once_however_often_the_plugin_is_registered():
     hook, infer = sys.excepthook, distributed_utils.infer_init_method
     fairseq_smoe.register()
     assert sys.excepthook is hook and distributed_utils.infer_init_method is infer
-
-
-@pytest.mark.parametrize("num_sentences", [1, 7, 13, 100])
-@pytest.mark.parametrize("max_tokens", [40, 1000])
-def test_every_sentence_is_in_a_batch(num_sentences, max_tokens):
-    indices = np.random.default_rng(0).permutation(num_sentences)
-    lengths = indices % 9 + 3
-    batches = data_utils.batch_by_size(
-        indices,
-        num_tokens_fn=None,
-        num_tokens_vec=lengths,
-        max_tokens=max_tokens,
-        required_batch_size_multiple=8,
-    )
-    assert np.concatenate(batches).tolist() == indices.tolist()
-
-
-def test_fairseq_leaves_out_sentences_without_the_repair():
-    stock = data_utils.batch_by_size.__wrapped__
-    lengths = np.full(13, 5)
-    batches = stock(np.arange(13), None, lengths, 1000, required_batch_size_multiple=8)
-    assert sum(map(len, batches)) == 8
 
 
 def test_the_log_file_has_every_record_once(data, tmp_path):

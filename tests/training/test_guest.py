@@ -30,8 +30,6 @@ ORDERS = {
     "before": {"first": REGISTER, "then": ""},
     "after": {"first": "", "then": REGISTER},
 }
-# with fairseq's default of 8, a stock fairseq leaves out the last sentences of a set
-WHOLE_SETS = ["--required-batch-size-multiple", "1"]
 TASKS = {
     "translation": ["--task", "translation", "--source-lang", "en", "--target-lang", "aa"],
     "translation_multi_simple_epoch": [
@@ -44,7 +42,6 @@ TASKS = {
 def words_for_training(data, folder, task, arch, max_update):
     words = [
         *(data, *TASKS[task], "--arch", arch, "--optimizer", "adam", "--lr", "1e-3", "--cpu"),
-        *WHOLE_SETS,
         *("--max-tokens", "500", "--max-update", max_update, "--save-dir", folder),
         *("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "1"),
         *("--num-workers", "0", "--seed", "3", "--encoder-embed-dim", "16"),
@@ -61,7 +58,7 @@ def words_for_translation(data, folder, task):
     words = [data, *TASKS[task], "--path", folder / "checkpoint_last.pt", "--cpu", "--beam", "2"]
     if task != "translation":
         words += ["--lang-pairs", "en-aa,bb-en", "--source-lang", "en", "--target-lang", "aa"]
-    return [*words, *WHOLE_SETS, "--max-tokens", "500"]
+    return [*words, "--max-tokens", "500"]
 
 
 def through_python(order, data, folder, task, arch):
