@@ -31,15 +31,19 @@ class KindOptions:
             OptionError: names the flag, the value and what would be right.
         """
 
-    def refuse_given(self, needed):
-        """Refuse options of this class that would do nothing, where another kind is chosen.
+    def refuse_given(self, chosen, needed):
+        """Refuse options of this class that would do nothing, where another kind is chosen. A class
+        of the user's own may have them, too.
 
         Args:
-            needed: option that they need.
+            chosen: name of the kind that is chosen.
+            needed: option that would choose this one.
 
         Raises:
-            OptionError: one of them does not have its default.
+            OptionError: an option of this class does not have its default.
         """
+        if ":" in chosen:
+            return
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in get_annotations(type(self)) and value != f.default:

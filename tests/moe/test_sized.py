@@ -320,8 +320,9 @@ def test_ranks_that_share_experts_compute_what_one_computes():
         ({"moe_gate": "top-any"}, "--moe-p-penalty 0.1 with --moe-gate top-any"),
         ({"moe_p_penalty": -1.0}, "--moe-p-penalty -1.0: expected 0 or more"),
         ({"moe_router_entropy": float("nan")}, "--moe-router-entropy nan: expected 0 or more"),
-        ({"moe_experts": "ffn", "moe_ffn_dims": "8/8"}, "add --moe-experts sized"),
-        ({"moe_experts": "ffn", "moe_size_schedule": "hybrid"}, "add --moe-experts sized"),
+        ({"moe_experts": "ffn", "moe_router_entropy": 0.1}, "needs --moe-experts sized"),
+        ({"moe_experts": "ffn", "moe_ffn_dims": "8/8"}, "needs --moe-experts sized"),
+        ({"moe_experts": "ffn", "moe_size_schedule": "hybrid"}, "needs --moe-experts sized"),
     ],
 )
 def test_refusals(changes, message):

@@ -198,7 +198,7 @@ def test_flops_count_the_experts_that_even_probabilities_need():
             "--moe-top1-expert with --moe-gate threshold: .*--moe-threshold 0 for one",
         ),
         ({"moe_capacity_factor": 1.0}, "--moe-capacity-factor 1.0 with --moe-gate threshold"),
-        ({"moe_gate": "top-k", "moe_threshold": "0.5"}, "add --moe-gate threshold"),
+        ({"moe_gate": "top-k", "moe_threshold": "0.5"}, "needs --moe-gate threshold"),
     ],
 )
 def test_refusals(changes, message):

@@ -423,7 +423,7 @@ def test_the_pool_is_larger_than_the_strata_at_the_start():
         ({"moe_max_experts": 3}, "--moe-max-experts 3: expected at least 4, as --smoe-strata 2-4"),
         (
             {"moe_max_experts": 8, "moe_gate": "top-k"},
-            "--moe-max-experts 8 with --moe-gate top-k: only the experts of --moe-gate top-any",
+            "--moe-max-experts 8: needs --moe-gate top-any",
         ),
         ({"dyn_update_interval": -1}, "--dyn-update-interval -1: expected 0"),
         (

@@ -35,6 +35,8 @@ class MultiHeadOptions(KindOptions):
             raise OptionError(
                 f"--moe-head-residual {self.moe_head_residual}: expected {' or '.join(RESIDUALS)}"
             )
+        if num_heads(options) == 1 and self.moe_head_residual != RESIDUALS[0]:
+            raise OptionError(f"--moe-head-residual {self.moe_head_residual}: needs --moe-heads")
         released = self.moe_head_residual == options.smoe_norm == "released"
         if released and num_heads(options) > 1:
             raise OptionError(

@@ -44,7 +44,7 @@ class AdapterOptions(FFNOptions):
 
     def check(self, strata, options):
         if getattr(options, "moe_experts", None) != AdapterExperts.name:
-            return self.refuse_given("--moe-experts adapter")
+            return self.refuse_given(options.moe_experts, "--moe-experts adapter")
         super().check(strata, options)
         if self.pesc_adapter_dim < 0:
             raise OptionError(

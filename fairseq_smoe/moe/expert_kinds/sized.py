@@ -55,16 +55,13 @@ class SizedOptions(FFNOptions):
 
     def check(self, strata, options):
         super().check(strata, options)
+        if options.moe_experts != SizedExperts.name:
+            return self.refuse_given(options.moe_experts, "--moe-experts sized")
         own = (
             ("--moe-ffn-dims", self.moe_ffn_dims),
             ("--moe-size-schedule", self.moe_size_schedule),
         )
         given = [f"{flag} {value}" for flag, value in own if value is not None]
-        if given and options.moe_experts != SizedExperts.name and ":" not in options.moe_experts:
-            raise OptionError(
-                f"{given[0]} with --moe-experts {options.moe_experts}: these experts are of equal "
-                "size; add --moe-experts sized"
-            )
         if len(given) > 1:
             raise OptionError(f"{' and '.join(given)} contradict each other: drop one of them")
         if self.moe_ffn_dims is not None:
@@ -83,8 +80,7 @@ class SizedOptions(FFNOptions):
         ):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise OptionError(f"{flag} {weight}: expected 0 or more")
-        if options.moe_experts == SizedExperts.name:
-            self._check_shared_options(options)
+        self._check_shared_options(options)
 
     def _check_shared_options(self, options):
         if options.moe_gate == "top-any":

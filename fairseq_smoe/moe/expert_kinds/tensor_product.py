@@ -49,7 +49,7 @@ class TensorProductOptions(FFNOptions):
 
     def check(self, strata, options):
         if getattr(options, "moe_experts", None) != TensorProductExperts.name:
-            return self.refuse_given("--moe-experts tensor-product")
+            return self.refuse_given(options.moe_experts, "--moe-experts tensor-product")
         super().check(strata, options)
         if self.mpo_share not in SHARING:
             raise OptionError(f"--mpo-share {self.mpo_share}: expected {' or '.join(SHARING)}")

@@ -40,12 +40,8 @@ class ThresholdOptions(KindOptions):
             )
         if options.moe_gate == ThresholdGate.name:
             self._check_other_gates_options(options)
-        elif ":" not in options.moe_gate and self != type(self)():
-            raise OptionError(
-                f"--moe-threshold {self.moe_threshold}, --moe-threshold-weights "
-                f"{self.moe_threshold_weights}: the gate {options.moe_gate} has no threshold; add "
-                "--moe-gate threshold"
-            )
+        else:
+            self.refuse_given(options.moe_gate, "--moe-gate threshold")
 
     @staticmethod
     def _check_other_gates_options(options):

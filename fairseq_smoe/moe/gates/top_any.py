@@ -54,12 +54,7 @@ class TopAnyOptions(KindOptions):
 
     def check(self, strata, options):
         if options.moe_gate != TopAnyGate.name:
-            if ":" not in options.moe_gate and self.moe_max_experts:
-                raise OptionError(
-                    f"--moe-max-experts {self.moe_max_experts} with --moe-gate {options.moe_gate}: "
-                    "only the experts of --moe-gate top-any come and go; leave it out"
-                )
-            return
+            return self.refuse_given(options.moe_gate, "--moe-gate top-any")
         if self.moe_max_experts and self.moe_max_experts < max(strata):
             raise OptionError(
                 f"--moe-max-experts {self.moe_max_experts}: expected at least {max(strata)}, as "
