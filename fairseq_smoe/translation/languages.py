@@ -21,6 +21,10 @@ def complete_languages(args, from_checkpoint=False):
     Raises:
         OptionError: a language is missing or the data folder does not exist.
     """
+    if getattr(args, "path", None) and not (
+        from_checkpoint or args.source_lang or args.target_lang
+    ):
+        raise OptionError("--target-lang: give --source-lang and --target-lang to translate")
     checkpoint = None if from_checkpoint else fill_in(args)
     folder = utils.split_paths(args.data)[0]
     if not os.path.isdir(folder):

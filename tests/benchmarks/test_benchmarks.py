@@ -246,6 +246,7 @@ def train(data, folder, max_update, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OPUS_GETTEXT.exists(), reason=f"no {OPUS_GETTEXT}")
 def test_98_pairs_in_the_layout_of_opus100(tmp_path):
     """Tiny pairs too: 26 sentences of ``mt``, and none to test on."""

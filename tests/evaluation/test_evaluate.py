@@ -289,7 +289,10 @@ def test_one_process_at_a_time_in_a_folder(run, data, capsys):
         (["--run", "{run}", "--directions", "en-zz"], ["--directions en-zz: zz", "en, aa, bb"]),
         (["--run", "{run}", "--directions", "enaa"], ["--directions enaa", "one hyphen"]),
         (["--run", "{run}", "--data", "nowhere"], ["nowhere: no such folder"]),
-        (["--run", "{run}", "--data", "{other}"], ["--data", "28 entries", "31", "trained with"]),
+        (
+            ["--run", "{run}", "--data", "{other}"],
+            ["other: its dictionary of", "28 entries", "31", "trained with"],
+        ),
         (["--run", "{run}", "--fp16"], ["--fp16", "GPU"]),
     ],
     ids=lambda value: " ".join(value),

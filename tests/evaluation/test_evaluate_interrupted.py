@@ -140,7 +140,7 @@ def test_a_sentence_that_is_too_long_loses_its_end(run, data, tmp_path):
     words = ("python", "-m", "fairseq_smoe", "evaluate", "--run", run, "--cpu", "--no-score")
     words += ("--directions", "en-bb,aa-en", "--processes", 2)
     outcome = toy_task.run(*words, "--data", other)
-    assert "warning: test en-bb: 1 sentence(s) of more than the " in outcome.stderr
+    assert "warning: test en-bb, line 1: more than the " in outcome.stderr
     with_long = (run / "evaluation/test/en-bb.hyp.txt").read_text().splitlines()
     toy_task.run(*words, "--data", data)
     assert with_long[1:] == (run / "evaluation/test/en-bb.hyp.txt").read_text().splitlines()

@@ -134,7 +134,7 @@ def test_processes_drop_the_same_layers(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, sharding", [("fp16", {}), ("bf16", {}), ("eval_bleu", {}), slow("fp16", SHARDED)]
+    "more, sharding", [("fp16", {}), slow("bf16", {}), ("eval_bleu", {}), slow("fp16", SHARDED)]
 )
 def test_half_precision_and_validation_bleu(more, sharding, alone, data, tmp_path):
     """Processes that share experts train as one does, and it goes on with what they have left."""

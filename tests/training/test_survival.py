@@ -125,7 +125,9 @@ def assert_goes_on(data, folder, unbroken, from_update):
 # asked to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_all_processes(number, data, tmp_path, unbroken):
     """SIGTERM to everything that runs, as clusters send it, also to what loads data; SIGUSR1 to one
     rank alone, from which the other has to learn it."""
