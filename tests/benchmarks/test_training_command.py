@@ -25,7 +25,7 @@ from fairseq_smoe.benchmarks.training_command import (
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.training.benchmark_row import _precision
 
-ALL = [benchmarks.load(name) for name in benchmarks.NAMES]
+ALL = [benchmarks.load(name) for name in benchmarks.PAPERS]
 ROWS = [(benchmark, row) for benchmark in ALL for row in benchmark.rows]
 
 

@@ -450,7 +450,7 @@ def test_own_runs_against_a_baseline_with_another_tokenizer(own_runs):
 def test_mistakes_are_told_in_one_line(runs, own_runs, tmp_path):
     small = ("--runs", runs, "--scale", "small")
     for words, message in {
-        ("m5",): "m5: neither a benchmark (m4, m15, opus100) nor the folder of a run",
+        ("m5",): "m5: neither a benchmark (m4, m15, opus100, family) nor the folder of a run",
         ("m4", *small, "--metric", "blue"): "--metric blue: choose one of piece-bleu, bleu",
         ("m4", *small, "--baseline", "MoE"): "--baseline MoE: M4 has no such row; choose one of",
         ("m4", *small, "--metric", "chrf++"): "--metric chrf++: ",
