@@ -105,7 +105,8 @@ def results(trained, translated):
         for record in outcome.log(kind)
     ]
     hypotheses = re.findall(r"^[HP]-\d+\t.*$", translated, re.M)
-    assert len(hypotheses) == 2 * toy_task.SPLIT_SIZES["test"]
+    # a stock fairseq leaves out the last sentences, so that batches are multiples of 8
+    assert len(hypotheses) == 2 * (toy_task.SPLIT_SIZES["test"] // 8 * 8)
     assert {update for kind, update, _ in logged if kind == "train_inner"} == set(range(1, 7))
     return sorted(logged), hypotheses
 
