@@ -2,6 +2,7 @@
 and their checkpoints under other numbers of processes."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -54,7 +55,7 @@ def losses(outcome):
 
 def merged(folder):
     """The last checkpoint in one piece, made by the command that users have."""
-    whole = folder / "whole.pt"
+    whole = folder / f"whole-{os.getpid()}.pt"  # another worker may merge the same one
     run("python", "-m", "fairseq_smoe", "checkpoint", "merge", folder / "checkpoint_last.pt", whole)
     return torch.load(whole, weights_only=False)
 
