@@ -336,3 +336,41 @@ def load(data, checkpoint, direction="en-aa"):
     )
     task.load_dataset("test", task_cfg=cfg.task)
     return task, model.eval()
+
+
+def random_batch(seed, task, words, number, lengths):
+    """A batch of random sentences of uneven length, which are padded.
+
+    Args:
+        words: number of words ``word0``, ``word1``, ... in the task's dictionary.
+        number: of sentences.
+        lengths: ``range`` of their lengths.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    pad, eos = task.source_dictionary.pad(), task.source_dictionary.eos()
+    first = task.source_dictionary.index("word0")
+
+    def sentences():
+        tokens = torch.randint(first, first + words, (number, lengths.stop), generator=generator)
+        length_N = torch.randint(lengths.start, lengths.stop, (number,), generator=generator)
+        place = torch.arange(lengths.stop)
+        tokens[place == length_N[:, None]] = eos
+        return tokens.masked_fill(place > length_N[:, None], pad), length_N + 1
+
+    source, source_lengths = sentences()
+    target, _ = sentences()
+    shifted = target.roll(1, dims=1)
+    shifted[:, 0] = eos
+    return {
+        "id": torch.arange(number),
+        "nsentences": number,
+        "ntokens": int(target.ne(pad).sum()),
+        "net_input": {
+            "src_tokens": source,
+            "src_lengths": source_lengths,
+            "prev_output_tokens": shifted,
+        },
+        "target": target,
+    }

@@ -1,16 +1,15 @@
 """fairseq-generate: every sentence is translated, with or without a reference."""
 
 from functools import partial, wraps
-from types import SimpleNamespace
 
 import numpy as np
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.generation.batches import fit_batches
-from fairseq_smoe.generation.program import is_ours, structured, use_utf8
+from fairseq_smoe.generation.program import changing_task, is_ours, structured, use_utf8
 from fairseq_smoe.generation.shown import show_words_alone
 from fairseq_smoe.generation.warn import warn
-from fairseq_smoe.patching import Overlay, replaced
+from fairseq_smoe.patching import replaced
 from fairseq_smoe.translation.shortened import describe_long, first_few
 
 
@@ -24,18 +23,15 @@ def change_generate(module):
             return stock(cfg)
         cfg = structured(cfg)
         use_utf8()
-        stock_tasks = module.tasks
 
-        def setup_task(*args, **kwargs):
-            task = stock_tasks.setup_task(*args, **kwargs)
+        def change(task):
             task.data_manager.needs_target = False
             show_words_alone(task)
             skip = cfg.dataset.skip_invalid_size_inputs_valid_test
             scoring = cfg.generation.score_reference
             fit_batches(task, partial(check, cfg, task), skip, scoring)
-            return task
 
-        changed = {"tasks": Overlay(stock_tasks, SimpleNamespace(setup_task=setup_task))}
+        changed = {"tasks": changing_task(module, change)}
         if cfg.generation.score_reference:
             changed["print"] = print_no_score
         with replaced(module, **changed):

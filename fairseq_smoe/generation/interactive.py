@@ -2,16 +2,15 @@
 
 from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 
 from fairseq import utils
 
 from fairseq_smoe.generation.batches import fit_batches
-from fairseq_smoe.generation.program import is_ours, structured, use_utf8
+from fairseq_smoe.generation.program import changing_task, is_ours, structured, use_utf8
 from fairseq_smoe.generation.shown import show_words_alone
 from fairseq_smoe.generation.text_lines import TextLines
 from fairseq_smoe.generation.warn import warn
-from fairseq_smoe.patching import Overlay, replaced
+from fairseq_smoe.patching import replaced
 from fairseq_smoe.translation.shortened import describe_long
 
 
@@ -27,14 +26,11 @@ def change_interactive(module):
         use_utf8()
         text = Input(cfg)
 
-        def setup_task(*args, **kwargs):
-            task = module_tasks.setup_task(*args, **kwargs)
+        def change(task):
             show_words_alone(task)
             fit_batches(task, partial(text.check, task))
-            return task
 
-        module_tasks = module.tasks
-        tasks = Overlay(module_tasks, SimpleNamespace(setup_task=setup_task))
+        tasks = changing_task(module, change)
         with replaced(module, buffered_read=text.read, tasks=tasks):
             return stock(cfg)
 

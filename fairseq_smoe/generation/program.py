@@ -2,8 +2,11 @@
 
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from fairseq_smoe.patching import Overlay
 
 
 def structured(cfg):
@@ -15,6 +18,18 @@ def is_ours(cfg):
     """Whether the command runs this project's task."""
     name = cfg.task if isinstance(cfg.task, str) else getattr(cfg.task, "_name", None)
     return name == "smoe_translation"
+
+
+def changing_task(module, change):
+    """``module.tasks`` as a program uses it, but ``change(task)`` is called for the task it sets up."""
+    stock = module.tasks
+
+    def setup_task(*args, **kwargs):
+        task = stock.setup_task(*args, **kwargs)
+        change(task)
+        return task
+
+    return Overlay(stock, SimpleNamespace(setup_task=setup_task))
 
 
 def use_utf8():

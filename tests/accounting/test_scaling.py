@@ -247,28 +247,7 @@ CASES = {
 
 def make_batch(rank, number, task):
     """Sentences of random words, of uneven length; each rank's and each step's are others."""
-    generator = torch.Generator().manual_seed(100 * number + rank)
-    pad, eos = task.source_dictionary.pad(), task.source_dictionary.eos()
-    first = task.source_dictionary.index("word0")
-
-    def sentences():
-        tokens = torch.randint(first, first + WORDS, (SENTENCES, 20), generator=generator)
-        lengths = torch.randint(5, 20, (SENTENCES,), generator=generator)
-        place = torch.arange(20)
-        tokens[place == lengths[:, None]] = eos
-        return tokens.masked_fill(place > lengths[:, None], pad), lengths + 1
-
-    source, lengths = sentences()
-    target, _ = sentences()
-    shifted = target.roll(1, dims=1)
-    shifted[:, 0] = eos
-    return {
-        "id": torch.arange(SENTENCES),
-        "nsentences": SENTENCES,
-        "ntokens": int(target.ne(pad).sum()),
-        "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": shifted},
-        "target": target,
-    }
+    return toy_task.random_batch(100 * number + rank, task, WORDS, SENTENCES, range(5, 20))
 
 
 class Counting(TorchDispatchMode):

@@ -41,28 +41,7 @@ def make_trainer(data, **options):
 
 def make_batch(number, task):
     """Sentences of random words, of uneven length, which are padded."""
-    generator = torch.Generator().manual_seed(number)
-    pad, eos = task.source_dictionary.pad(), task.source_dictionary.eos()
-    first = task.source_dictionary.index("word0")
-
-    def sentences():
-        tokens = torch.randint(first, first + WORDS, (SENTENCES, 9), generator=generator)
-        lengths = torch.randint(2, 9, (SENTENCES,), generator=generator)
-        place = torch.arange(9)
-        tokens[place == lengths[:, None]] = eos
-        return tokens.masked_fill(place > lengths[:, None], pad), lengths + 1
-
-    source, lengths = sentences()
-    target, _ = sentences()
-    shifted = target.roll(1, dims=1)
-    shifted[:, 0] = eos
-    return {
-        "id": torch.arange(SENTENCES),
-        "nsentences": SENTENCES,
-        "ntokens": int(target.ne(pad).sum()),
-        "net_input": {"src_tokens": source, "src_lengths": lengths, "prev_output_tokens": shifted},
-        "target": target,
-    }
+    return toy_task.random_batch(number, task, WORDS, SENTENCES, range(2, 9))
 
 
 def batches_of(update, task, rank=0, processes=1):

@@ -80,19 +80,14 @@ class SizedOptions(FFNOptions):
         ):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise OptionError(f"{flag} {weight}: expected 0 or more")
+            if weight and options.moe_gate == "top-any":
+                raise OptionError(
+                    f"{flag} {weight} with --moe-gate top-any: its scores are no probabilities; "
+                    f"give {flag} 0, or another gate"
+                )
         self._check_shared_options(options)
 
     def _check_shared_options(self, options):
-        if options.moe_gate == "top-any":
-            for flag, weight in (
-                ("--moe-p-penalty", self.moe_p_penalty),
-                ("--moe-router-entropy", self.moe_router_entropy),
-            ):
-                if weight:
-                    raise OptionError(
-                        f"{flag} {weight} with --moe-gate top-any: its scores are no probabilities; "
-                        f"give {flag} 0, or another gate"
-                    )
         if self.moe_expert_backend == "grouped_mm":
             raise OptionError(
                 "--moe-expert-backend grouped_mm with --moe-experts sized: it multiplies experts "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.gate import Choices, Gate
-from fairseq_smoe.moe.gates.top_k import TopKOptions
+from fairseq_smoe.moe.gates.top_k import refuse_top_k_options
 from fairseq_smoe.moe.kind import KindOptions, option
 from fairseq_smoe.moe.routing import renormalise, select_top_p
 
@@ -38,23 +38,13 @@ class ThresholdOptions(KindOptions):
                 f"--moe-threshold-weights {self.moe_threshold_weights}: expected "
                 f"{' or '.join(WEIGHTS)}"
             )
-        if options.moe_gate == ThresholdGate.name:
-            self._check_other_gates_options(options)
-        else:
-            self.refuse_given(options.moe_gate, "--moe-gate threshold")
-
-    @staticmethod
-    def _check_other_gates_options(options):
-        if options.moe_top1_expert:
-            raise OptionError(
-                "--moe-top1-expert with --moe-gate threshold: the threshold decides how many "
-                "experts a token visits; give --moe-threshold 0 for one"
-            )
-        if options.moe_capacity_factor not in (0, TopKOptions.moe_capacity_factor):
-            raise OptionError(
-                f"--moe-capacity-factor {options.moe_capacity_factor} with --moe-gate threshold: "
-                "the experts of this gate have no capacity; leave it out"
-            )
+        if options.moe_gate != ThresholdGate.name:
+            return self.refuse_given(options.moe_gate, "--moe-gate threshold")
+        refuse_top_k_options(
+            options,
+            ThresholdGate.name,
+            "the threshold decides how many experts a token visits; give --moe-threshold 0 for one",
+        )
 
     def thresholds(self):
         """The numbers: one, or one for every stratum.

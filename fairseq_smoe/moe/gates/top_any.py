@@ -12,7 +12,7 @@ from torch import nn
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.gate import BALANCE_LOSS, Choices, Gate
-from fairseq_smoe.moe.gates.top_k import TopKOptions
+from fairseq_smoe.moe.gates.top_k import refuse_top_k_options
 from fairseq_smoe.moe.kind import KindOptions, option
 from fairseq_smoe.moe.pool import change_experts
 from fairseq_smoe.moe.routing import gate_logits, mean_over
@@ -75,16 +75,11 @@ class TopAnyOptions(KindOptions):
             if getattr(self, name) < 0:
                 flag = f"--{name.replace('_', '-')}"
                 raise OptionError(f"{flag} {getattr(self, name)}: expected 0 or more")
-        if options.moe_top1_expert:
-            raise OptionError(
-                "--moe-top1-expert with --moe-gate top-any: the gate decides how many experts a "
-                "token visits; leave it out"
-            )
-        if options.moe_capacity_factor not in (0, TopKOptions.moe_capacity_factor):
-            raise OptionError(
-                f"--moe-capacity-factor {options.moe_capacity_factor} with --moe-gate top-any: the "
-                "experts of this gate have no capacity; leave it out"
-            )
+        refuse_top_k_options(
+            options,
+            TopAnyGate.name,
+            "the gate decides how many experts a token visits; leave it out",
+        )
 
 
 class TopAnyGate(Gate):

@@ -36,6 +36,26 @@ class TopKOptions(KindOptions):
             )
 
 
+def refuse_top_k_options(options, gate, who_decides):
+    """Refuse options of this gate with another that takes any number of experts and has no capacity.
+
+    Args:
+        options: all options of the model.
+        gate: name of the other gate.
+        who_decides: what decides on the number of experts, and what to do instead.
+
+    Raises:
+        OptionError: one of the options is given.
+    """
+    if options.moe_top1_expert:
+        raise OptionError(f"--moe-top1-expert with --moe-gate {gate}: {who_decides}")
+    if options.moe_capacity_factor not in (0, TopKOptions.moe_capacity_factor):
+        raise OptionError(
+            f"--moe-capacity-factor {options.moe_capacity_factor} with --moe-gate {gate}: the "
+            "experts of this gate have no capacity; leave it out"
+        )
+
+
 class TopKGate(Gate):
     """Every token visits the one or two experts of highest probability (paper, section 3.2)."""
 
