@@ -40,6 +40,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """A variable left behind would change, and slow, the commands of all later tests."""
+    before = dict(os.environ)
+    yield
+    changed = {
+        name: os.environ.get(name)
+        for name in before.keys() ^ os.environ.keys()
+        | {name for name in before.keys() & os.environ.keys() if before[name] != os.environ[name]}
+        if not name.startswith(fork_server.OTHERS)
+    }
+    for name in changed:
+        os.environ.pop(name, None)
+    os.environ.update({name: before[name] for name in changed if name in before})
+    assert not changed, "a test is to leave the environment as it was"
+
+
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
     """``make_once(name, make)`` calls ``make(folder)`` with a new folder, once, and returns it."""

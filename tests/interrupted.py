@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 
-from fairseq.trainer import Trainer
-from fairseq_cli import train
+from fairseq_cli import train  # first, as it sets up logging
+from fairseq.trainer import Trainer  # isort: skip
 
 number, update = getattr(signal, sys.argv.pop(1)), int(sys.argv.pop(1))
 stock = Trainer.train_step
