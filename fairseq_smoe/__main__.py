@@ -19,6 +19,7 @@ COMMANDS = {
     "analyse": "count requested capacity per direction, block and token type",
     "plot": "draw requested capacity, experts and training curves",
     "checkpoint": "inspect, merge, split, strip and average checkpoints",
+    "convert": "make a trained model into a mixture of experts, or into a smaller one",
     "flops": "print parameters and FLOPs of every row of the paper's tables",
     "scaling": "compute what ranks send and hold when they share experts",
 }

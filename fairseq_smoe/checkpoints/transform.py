@@ -1,5 +1,6 @@
 """Making checkpoints from others: stripped, in parts, averaged."""
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -13,17 +14,34 @@ from fairseq_smoe.checkpoints.parts import (
     REFERENCE,
     Parted,
     is_expert_parameter,
+    named_folder,
     new_folder_name,
     num_updates,
     read_checkpoint,
+    remove_unused_folders,
     take_experts,
     whole,
     write_part,
 )
-from fairseq_smoe.errors import OptionError
+from fairseq_smoe.errors import CheckpointError, OptionError
 
 _BETWEEN = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 _AT_END = re.compile(r"checkpoint(\d+)\.pt")
+
+
+def replace(write, state, path):
+    """Write a checkpoint, and remove the experts of the one that it replaces.
+
+    Args:
+        write: ``write(state, path)``
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = None
+    with contextlib.suppress(CheckpointError):  # it may be damaged
+        before = named_folder(path)
+    write(state, path)
+    remove_unused_folders(path.parent, {before})
 
 
 def stripped(state):

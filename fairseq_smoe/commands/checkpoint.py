@@ -1,6 +1,5 @@
 """Inspect checkpoints, and make others from them: merged, split, averaged, stripped."""
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,13 +8,8 @@ from tqdm import tqdm
 
 from fairseq_smoe.checkpoints import files, transform
 from fairseq_smoe.checkpoints.description import describe
-from fairseq_smoe.checkpoints.parts import (
-    named_folder,
-    read_checkpoint,
-    remove_unused_folders,
-    whole,
-)
-from fairseq_smoe.errors import CheckpointError, OptionError
+from fairseq_smoe.checkpoints.parts import read_checkpoint, whole
+from fairseq_smoe.errors import OptionError
 
 
 def add_arguments(parser):
@@ -121,11 +115,5 @@ def average(args):
 
 
 def _write(write, state, path):
-    """Write a checkpoint, and remove the experts of the one that it replaces."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = None
-    with contextlib.suppress(CheckpointError):  # it may be damaged
-        before = named_folder(path)
-    write(state, path)
-    remove_unused_folders(path.parent, {before})
+    transform.replace(write, state, path)
     print(path)

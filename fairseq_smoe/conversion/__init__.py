@@ -1,0 +1,1 @@
+"""Making trained models into others."""

@@ -1,0 +1,37 @@
+"""What a conversion tells of what it has done."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fairseq_smoe.files import write_whole
+
+
+@dataclass
+class Report:
+    """What a conversion has done.
+
+    Attributes:
+        facts: of plain types; written as JSON beside the new checkpoint.
+        lines: what to print.
+        pictures: ``{name: function of a path that draws it}``, written beside it as well.
+    """
+
+    facts: dict = field(default_factory=dict)
+    lines: list = field(default_factory=list)
+    pictures: dict = field(default_factory=dict)
+
+    def write(self, checkpoint):
+        """Write the files beside a checkpoint, named after it.
+
+        Returns:
+            list of their paths.
+        """
+        checkpoint = Path(checkpoint)
+        path = checkpoint.with_suffix(".report.json")
+        write_whole(path, json.dumps(self.facts, indent=1) + "\n")
+        paths = [path]
+        for name, draw in self.pictures.items():
+            paths.append(checkpoint.with_suffix(f".{name}.png"))
+            draw(paths[-1])
+        return paths
