@@ -1,0 +1,253 @@
+"""Measures the conversions on real text: results/convert/README.md.
+
+    python scripts/convert_results.py --data data/convert --runs runs/convert
+    python scripts/convert_results.py --data ... --runs ... --part moefy     one part of the report
+    python scripts/convert_results.py --only-tables                          from the CSV files
+
+Trains a dense and a vanilla model (results/convert/convert-m4.json), converts them, translates
+held-out text with every model that comes out of it, and writes one CSV file and one table for every
+part into results/convert/. The command can be stopped and run again: what is done is skipped, also if
+the run folders are gone and only the lines of the CSV files are left.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "convert"
+BENCHMARK = RESULTS / "convert-m4.json"
+VARIANTS = RESULTS / "variants.json"
+SUBSET = "test1"  # held-out text of the training sources; test is Flores
+METRICS = ("bleu", "chrf++")
+COLUMNS = (
+    *("variant", "source", "convert", "train", "evaluate", "updates", "parameters", "megabytes"),
+    *(*METRICS, "difference", "p", "seconds"),
+)
+NUMBERS = {"bleu": 2, "chrf++": 1, "difference": 2, "megabytes": 1}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to evaluate: an entry of variants.json.
+
+    Attributes:
+        part: of the report.
+        name: of the variant, and of its run folder.
+        source: row of the benchmark that it is made from, or another variant of the part, which
+            stands before it.
+        convert: words behind ``convert``: the kind, and its options.
+        train: options of fairseq-train to train the result on with; empty for not at all.
+        evaluate: options of ``evaluate``.
+        baseline: variant of the part that its BLEU is tested against.
+    """
+
+    part: str
+    name: str
+    source: str
+    convert: str = ""
+    train: str = ""
+    evaluate: str = ""
+    baseline: str = ""
+
+
+class Report:
+    """All that is measured.
+
+    Args:
+        data: output of prepare.
+        runs: folder of all run folders.
+        directions: to translate; empty for all.
+    """
+
+    def __init__(self, data, runs, directions):
+        self.data, self.runs, self.directions = data, runs, directions
+        self.variants = [Variant(**entry) for entry in json.loads(VARIANTS.read_text())]
+
+    def train_rows(self):
+        """Train the models that everything starts from."""
+        for row in {v.source for v in self.variants} & {"dense", "vanilla-moe"}:
+            if not self._is_trained(row):
+                run("train", BENCHMARK, row, "--data", self.data, "--run", self.runs / row, "--cpu",
+                    "--max-tokens", "2000")  # fmt: skip
+
+    def _is_trained(self, row):
+        log = self.runs / row / "train.log"
+        return log.exists() and "done training in" in log.read_text(errors="replace")
+
+    def measure(self, part):
+        """Measure every variant of a part that has no line in the CSV file yet."""
+        lines = {line["variant"]: line for line in read_lines(part)}
+        variants = [v for v in self.variants if v.part == part]
+        for variant in variants:
+            if variant.name not in lines:
+                print(f"== {part}: {variant.name}", flush=True)
+                lines[variant.name] = self._line(variant)
+                write_lines(part, [lines[v.name] for v in variants if v.name in lines])
+
+    def checkpoint(self, name, part):
+        """The checkpoint of a row of the benchmark, or of a variant of the part."""
+        folder = self.runs / name
+        if not any(v.name == name for v in self.variants if v.part == part):
+            return folder / "checkpoints" / "checkpoint_last.pt"
+        variant = self.find(part, name)
+        if variant.train:
+            return self.folder(variant) / "checkpoints" / "checkpoint_last.pt"
+        if variant.convert:
+            return self.folder(variant) / "converted.pt"
+        return self.checkpoint(variant.source, part)
+
+    def find(self, part, name):
+        return next(v for v in self.variants if (v.part, v.name) == (part, name))
+
+    def folder(self, variant):
+        return self.runs / variant.part / variant.name
+
+    def _line(self, variant):
+        folder = self.folder(variant)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = self.checkpoint(variant.source, variant.part)
+        converted = folder / "converted.pt"
+        if variant.convert and not converted.exists():
+            kind, *options = variant.convert.split()
+            run("convert", kind, source, converted, *options)
+        if variant.train:
+            self._train_on(variant, converted if variant.convert else source)
+        checkpoint = self.checkpoint(variant.name, variant.part)
+        run(
+            *("evaluate", "--run", folder, "--checkpoint", checkpoint, "--data", self.data),
+            *("--subset", SUBSET, "--cpu", "--processes", "1", "--max-len-b", "100"),
+            *("--metrics", *METRICS, *variant.evaluate.split()),
+            *(("--directions", self.directions) if self.directions else ()),
+        )
+        return self._read(variant, checkpoint)
+
+    def _train_on(self, variant, start):
+        """Train on from a checkpoint with the options of the benchmark."""
+        folder = self.folder(variant)
+        row = "dense" if "dense" in (variant.source, *variant.train.split()) else "vanilla-moe"
+        words = [word for word in variant.train.split() if word != "dense"]
+        run(
+            *("train", BENCHMARK, row, "--data", self.data, "--run", folder, "--cpu"),
+            *("--max-tokens", "2000", "--finetune-from-model", start, *words),
+        )
+
+    def _read(self, variant, checkpoint):
+        folder = self.folder(variant) / "evaluation" / SUBSET
+        scores = json.loads((folder / "scores.json").read_text())
+        directions = scores["directions"].values()
+        found = {m: mean(d[m] for d in directions) for m in METRICS}
+        facts = json.loads(run("checkpoint", "inspect", "--json", checkpoint, output=True))
+        (facts,) = facts.values()
+        seconds = [json.loads(path.read_text())["seconds"] for path in folder.glob("*-*.json")]
+        found |= self._tested(variant)
+        found |= {
+            "variant": variant.name,
+            "source": variant.source,
+            "convert": variant.convert,
+            "train": variant.train,
+            "evaluate": variant.evaluate,
+            "updates": facts["updates"],
+            "parameters": facts["parameters"],
+            "megabytes": checkpoint.stat().st_size / 1e6,
+            "seconds": round(sum(seconds), 1),
+        }
+        return {name: rounded(name, found.get(name, "")) for name in COLUMNS}
+
+    def _tested(self, variant):
+        """Difference to the baseline in mean BLEU, and the p value of the paired bootstrap."""
+        if not variant.baseline:
+            return {}
+        baseline = self.folder(self.find(variant.part, variant.baseline))
+        table = self.folder(variant) / "tested"
+        run(
+            *("tabulate", baseline, self.folder(variant), "--subset", SUBSET, "--metric", "bleu"),
+            *("--baseline", baseline, "--to", table, "--format", "csv"),
+        )
+        with open(table / "table.csv", newline="") as file:
+            first, second = (line for line in csv.DictReader(file) if line["column"] == "avg")
+        return {
+            "difference": float(second["ours"]) - float(first["ours"]),
+            "p": second["p_value"],
+        }
+
+
+def run(*words, output=False):
+    """Run a command of fairseq_smoe, stop where it fails."""
+    command = [sys.executable, "-m", "fairseq_smoe", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with exit code {done.returncode}")
+    return done.stdout if output else None
+
+
+def mean(numbers):
+    numbers = [n["score"] if isinstance(n, dict) else n for n in numbers]
+    return sum(numbers) / len(numbers)
+
+
+def rounded(name, value):
+    return round(value, NUMBERS[name]) if name in NUMBERS and value != "" else value
+
+
+def csv_file(part):
+    return RESULTS / f"{part}.csv"
+
+
+def read_lines(part):
+    if not csv_file(part).exists():
+        return []
+    with open(csv_file(part), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_lines(part, lines):
+    with open(csv_file(part), "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def table(part):
+    """The lines of a part as Markdown, without columns that are empty everywhere."""
+    lines = read_lines(part)
+    hidden = {"source", "convert", "train", "evaluate"}
+    names = [c for c in COLUMNS if c not in hidden and any(line[c] for line in lines)]
+    rows = [names, ["---", *["---:"] * (len(names) - 1)]]
+    rows += [[line[name] for name in names] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="output of prepare")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="run folders")
+    parser.add_argument("--part", action="append", help="only this part; may be repeated")
+    parser.add_argument("--directions", default="", metavar="A-B,...", help="(default: all)")
+    parser.add_argument("--only-tables", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    report = Report(args.data, args.runs, args.directions)
+    parts = list(dict.fromkeys(v.part for v in report.variants))
+    for part in args.part or ():
+        if part not in parts:
+            parser.error(f"--part {part}: expected {', '.join(parts)}")
+    if not args.only_tables:
+        if args.data is None or args.runs is None:
+            parser.error("give --data and --runs, or --only-tables")
+        report.train_rows()
+        for part in args.part or parts:
+            report.measure(part)
+    for part in parts:
+        if read_lines(part):
+            print(f"\n{part}\n\n{table(part)}")
+
+
+if __name__ == "__main__":
+    main()
