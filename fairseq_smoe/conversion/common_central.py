@@ -100,12 +100,16 @@ def _member(rest, shapes, start):
         basis = _leading(rest, after)
         left.append(basis)
         rest, a = basis.t() @ rest, basis.t() @ a.reshape(len(basis), -1)
+    a = a.reshape(-1, shapes[middle][0])
+    # of these rows alone, as in the decomposition of one matrix
+    kept = torch.linalg.qr(a)[0].t() @ rest.reshape(len(a), -1)
     for d, i, j, after in shapes[: middle + 1 : -1]:
-        rest = rest.reshape(-1, i * j * after)
-        basis = _leading(rest.t(), d)
+        kept, rest = (part.reshape(-1, i * j * after) for part in (kept, rest))
+        basis = _leading(kept.t(), d)
         right.append(basis)
-        rest, b = rest @ basis, b.reshape(-1, len(basis)) @ basis
-    a, b = a.reshape(-1, shapes[middle][0]), b.reshape(shapes[middle][3], -1)
+        kept, rest = kept @ basis, rest @ basis
+        b = b.reshape(-1, len(basis)) @ basis
+    b = b.reshape(shapes[middle][3], -1)
     return _Member(left, right, rest.reshape(len(a), num_central, b.shape[1]), a, b)
 
 

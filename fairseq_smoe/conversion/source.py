@@ -69,6 +69,10 @@ class Source:
         self.parameters = self.state["model"]
         self.changes = {}
         recorded = self._recorded_options()
+        if not recorded:
+            raise OptionError(
+                f"{path}: does not say which model it is of; give a whole checkpoint, not a part"
+            )
         name = recorded.get("arch") or recorded.get("_name") or "none"
         if not str(name).startswith("smoe_transformer"):
             raise OptionError(
