@@ -77,6 +77,8 @@ def reference_block(
             update = x.new_zeros(x.shape[1])
             for w, e in zip(weights, found):
                 update = update + w * expert(visible[e], normed[t])
+            if "pass_scale" in params:
+                update = params["pass_scale"][i] * update
             residual = normed[t] if norm == "released" and i > 0 else state[t]
             state[t] = residual + update
             passes[t] += 1

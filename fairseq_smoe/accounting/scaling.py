@@ -32,6 +32,7 @@ class Block:
             smaller than others.
         heads: number of parts of a token of the layer that are tokens here, of D numbers each.
         idle: experts that no token can visit; those of a pool that are not alive.
+        scaled: whether the outputs of passes are multiplied by trained numbers.
     """
 
     embed_dim: int
@@ -44,6 +45,7 @@ class Block:
     expert_params: int
     heads: int = 1
     idle: tuple = ()
+    scaled: bool = False
 
     @classmethod
     def of(cls, block, heads=1):
@@ -64,6 +66,7 @@ class Block:
                 for own, alive in zip(own_experts(block.strata), block.num_alive())
                 for e in own[alive:]
             ),
+            scaled=block.pass_scale is not None,
         )
 
     def expected_visits(self, tokens):
@@ -253,7 +256,7 @@ def activation_bytes(block, visits, sent, received, number_bytes):
     """
     dim, hidden = block.embed_dim, block.hidden_dim
     # a token's input and output of the pass, and the gate's input in full precision
-    tokens = sum(visits) * dim * (2 * number_bytes + FULL)
+    tokens = sum(visits) * dim * ((3 if block.scaled else 2) * number_bytes + FULL)
     if block.heads > 1:  # a token before and after the LayerNorm, and before it is merged
         tokens += visits[0] * dim * 3 * number_bytes
     tokens += sum(n * units for n, units in zip(visits, block.token_hidden)) * number_bytes

@@ -21,7 +21,6 @@ def describe(path):
     extra = state.get("extra_state") or {}
     sizes = gate_sizes(model)
     experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
-    padding = sum(int(value.sum()) for name, value in model.items() if name.endswith(PADDING))
     parted = [value for value in experts.values() if isinstance(value, Parted)]
     live = live_experts(model)
     return {
@@ -29,8 +28,8 @@ def describe(path):
         "experts": describe_gates(next(iter(sizes.values()), ())),
         **({"live experts": "{} of {}".format(*live)} if live else {}),
         "expert blocks": len(sizes),
-        "parameters": sum(_parameters(model).values()) - padding,
-        "of experts": sum(_parameters(experts).values()) - padding,
+        "parameters": count_parameters(model),
+        "of experts": sum(_parameters(experts).values()) - _padding(model),
         "parts": len(parted[0].tensors) if parted else 1,
         "type": _type(model),
         "updates": history.get("num_updates"),
@@ -47,6 +46,15 @@ def _architecture(state):
     options = (cfg.get("model") if isinstance(cfg, dict) else state.get("args")) or {}
     options = options if isinstance(options, dict) else vars(options)
     return options.get("arch") or options.get("_name")
+
+
+def count_parameters(model):
+    """Number of parameters of a model, ``{name: tensor or Parted}``; shared ones count once."""
+    return sum(_parameters(model).values()) - _padding(model)
+
+
+def _padding(model):
+    return sum(int(value.sum()) for name, value in model.items() if name.endswith(PADDING))
 
 
 def _parameters(model):

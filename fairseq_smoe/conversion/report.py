@@ -7,6 +7,12 @@ from pathlib import Path
 from fairseq_smoe.files import write_whole
 
 
+def parameters_line(number):
+    """A line about numbers of parameters, ``{"before": ..., "after": ...}``."""
+    before, after = number["before"], number["after"]
+    return f"parameters: {before:,} before, {after:,} after ({after / before:.3f} times)"
+
+
 @dataclass
 class Report:
     """What a conversion has done.

@@ -6,8 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from fairseq_smoe.checkpoints.gates import gate_sizes
-from fairseq_smoe.checkpoints.parts import Parted, read_checkpoint, whole
+from fairseq_smoe.checkpoints.description import count_parameters
+from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
+from fairseq_smoe.checkpoints.parts import NAMES, Parted, read_checkpoint, whole
 from fairseq_smoe.checkpoints.transform import stripped
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.options import SMoETransformerOptions
@@ -49,6 +50,7 @@ class Source:
             with :meth:`take`.
         options: the model's options as a Namespace; those that an older version did not have are at
             their defaults. Change them with :meth:`set_options`.
+        changes: ``{name: value}`` of the options that have been changed.
     """
 
     def __init__(self, path):
@@ -60,12 +62,17 @@ class Source:
         """
         self.path = Path(path)
         self.state = read_checkpoint(path)
-        self.state.pop("last_optimizer_state", None)
+        for name in ("last_optimizer_state", NAMES):
+            self.state.pop(name, None)
         # the mean of the weights belongs to the parameters as they were
         (self.state.get("extra_state") or {}).pop("ema", None)
         self.parameters = self.state["model"]
-        self._changes = {}
+        self.changes = {}
         recorded = self._recorded_options()
+        if not recorded:
+            raise OptionError(
+                f"{path}: does not say which model it is of; give a whole checkpoint, not a part"
+            )
         name = recorded.get("arch") or recorded.get("_name") or "none"
         if not str(name).startswith("smoe_transformer"):
             raise OptionError(
@@ -84,12 +91,12 @@ class Source:
         """Change options of the model, by their names in the checkpoint."""
         vars(self.options).update(changes)
         self._recorded_options().update(changes)
-        self._changes |= changes
+        self.changes |= changes
 
     def flags(self):
         """The options that have been changed, as they are given to fairseq-train."""
         words = []
-        for name, value in self._changes.items():
+        for name, value in self.changes.items():
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, shlex.quote(str(value))]
         return " ".join(words)
@@ -98,6 +105,14 @@ class Source:
         """A parameter as a tensor; it is mapped from the file if it can be."""
         value = self.parameters[name]
         return value[:] if isinstance(value, Parted) else value
+
+    def shape(self, name):
+        """Shape of a parameter."""
+        return tuple(self.parameters[name].shape)
+
+    def num_parameters(self):
+        """Parameters of the model; shared ones count once."""
+        return count_parameters(self.parameters)
 
     def dense_ffns(self):
         """The dense FFN :class:`Sublayer` s, encoder first."""
@@ -119,10 +134,10 @@ class Source:
         """Raises:
         OptionError: the model has experts.
         """
-        if self.blocks():
+        for sizes in gate_sizes(self.parameters).values():
             raise OptionError(
-                f"{self.path}: has experts already, --smoe-strata {self.options.smoe_strata}; "
-                f"{kind} starts from a dense model (--moe-freq 0)"
+                f"{self.path}: has experts already, {describe_gates(sizes)}; {kind} starts from a "
+                "dense model (--moe-freq 0)"
             )
 
     def require_experts(self, kind):

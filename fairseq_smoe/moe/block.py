@@ -1,7 +1,7 @@
 """The stratified mixture-of-experts block: a whole FFN sublayer of a transformer.
 
 Letters in names: T tokens that are not padding, D model dim, E experts a gate sees, C choices of a
-token and an expert.
+token and an expert, L strata.
 """
 
 from dataclasses import dataclass
@@ -142,6 +142,9 @@ class SMoEBlock(nn.Module):
             :class:`~fairseq_smoe.moe.expert_kinds.ffn.FFNExperts` with ``expert_backend``.
         alive: experts of each stratum that are alive at the start, if the gates can add others up
             to ``strata``; None for all.
+        pass_scale: initial values of trained factors of the outputs of the passes, one number for
+            each stratum (ReZero, arXiv 2003.04887). With 0 a pass begins as the identity. None for
+            no such factors.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class SMoEBlock(nn.Module):
         make_gate=None,
         make_experts=None,
         alive=None,
+        pass_scale=None,
     ):
         super().__init__()
         if not strata or min(strata) < 1:
@@ -179,6 +183,8 @@ class SMoEBlock(nn.Module):
             raise ValueError(f"eom={eom!r}: expected a fraction from 0 up to, but not, 1")
         if expert_backend not in BACKENDS:
             raise ValueError(f"expert_backend={expert_backend!r}: expected one of {BACKENDS}")
+        if pass_scale is not None and len(pass_scale) != len(strata):
+            raise ValueError(f"pass_scale={pass_scale!r}: expected {len(strata)} numbers, or None")
         if make_gate is None:
             make_gate = partial(
                 TopKGate,
@@ -192,6 +198,8 @@ class SMoEBlock(nn.Module):
         self.eom = eom
         self.visible = self._visible_experts()
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(self._num_norms()))
+        scale_L = None if pass_scale is None else torch.tensor(pass_scale, dtype=torch.float)
+        self.register_parameter("pass_scale", None if scale_L is None else nn.Parameter(scale_L))
         self.gates = nn.ModuleList(make_gate(embed_dim, len(experts)) for experts in self.visible)
         stratum_of = [i for i, size in enumerate(strata) for _ in range(size)]
         for i, gate in enumerate(self.gates):
@@ -290,6 +298,8 @@ class SMoEBlock(nn.Module):
         plan = plan_dispatch(rows_C, choices.token_C, len(visible), capacity, here_T)
         weights_C = self._mask_outputs(gate.weights(choices, plan.kept_C))
         y_TD = self.experts.visit(normed_TD, choices, plan, weights_C, shared, visible, here_T)
+        if self.pass_scale is not None:
+            y_TD = y_TD * self.pass_scale[i]
         record = GateRecord.of(choices, plan.kept_C, here_T)
         losses = gate.losses(choices, here_T) | self.experts.losses(choices, visible, here_T)
         return y_TD, record, losses

@@ -11,6 +11,7 @@ from fairseq_smoe.moe.arrangement import Arrangement
 from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.experts import Experts
 from fairseq_smoe.moe.gate import Gate
+from fairseq_smoe.moe.pass_scale import parse_pass_scale
 from fairseq_smoe.moe.strata import split_width
 
 # flag -> base class of the kinds it chooses, and the package with the project's own
@@ -125,6 +126,7 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, ffn_split=1,
         strata=pool_of(options, strata),
         alive=strata,
         norm=options.smoe_norm,
+        pass_scale=parse_pass_scale(getattr(options, "smoe_pass_scale", None), strata),
         eom=options.moe_eom,
         expert_group=group,
         make_gate=partial(gate, options=gate.Options.of(options)),

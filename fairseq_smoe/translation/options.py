@@ -17,6 +17,7 @@ from fairseq_smoe.moe.block import NORMS
 from fairseq_smoe.moe.doors import all_kinds, check_kinds, named_kinds, pool_of
 from fairseq_smoe.moe.expert_group import default_group_size
 from fairseq_smoe.moe.kind import option
+from fairseq_smoe.moe.pass_scale import parse_pass_scale
 from fairseq_smoe.moe.strata import format_strata, parse_strata, split_strata
 
 DEFAULT_STRATA = "4-4"
@@ -79,6 +80,11 @@ class LayerOptions(FairseqDataclass):
     smoe_norm: str = option(
         "paper",
         "'paper' follows the paper's equations; 'released' computes what the authors' code does",
+    )
+    smoe_pass_scale: Optional[str] = option(
+        None,
+        "multiply the output of every pass by a trained number that starts at this: one number, or "
+        "one for each stratum, e.g. 1,0 for two (default: no such factors)",
     )
     moe_expert_parallel_size: Optional[int] = option(
         None,
@@ -235,6 +241,7 @@ def check_options(options):
     check_kinds(options, strata)
     if options.smoe_norm not in NORMS:
         raise OptionError(f"--smoe-norm {options.smoe_norm}: expected {' or '.join(NORMS)}")
+    parse_pass_scale(options.smoe_pass_scale, strata)
     if options.moe_ffn_dim is not None and options.moe_ffn_dim < 1:
         raise OptionError(f"--moe-ffn-dim {options.moe_ffn_dim}: expected 1 or more")
     if not 0 <= options.moe_eom < 1:

@@ -134,10 +134,13 @@ def test_activations():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [1, 4])
-@pytest.mark.parametrize("strata, top_k", [((4, 4), 2), ((8,), 1), ((2, 2, 2, 2), 2)])
-def test_activations_are_those_that_autograd_keeps(strata, top_k, heads, dtype):
+@pytest.mark.parametrize(
+    "strata, top_k, scale",
+    [((4, 4), 2, None), ((8,), 1, None), ((2, 2, 2, 2), 2, None), ((2, 2, 2, 2), 2, (1, 0, 0, 0))],
+)
+def test_activations_are_those_that_autograd_keeps(strata, top_k, scale, heads, dtype):
     torch.manual_seed(1)
-    routed = SMoEBlock(256, 512, strata, top_k, expert_backend="loop")
+    routed = SMoEBlock(256, 512, strata, top_k, expert_backend="loop", pass_scale=scale)
     block = routed if heads == 1 else MultiHeadBlock(routed, 256 * heads, heads)
     block = block.to(dtype).train()
     x = torch.randn(500, 256 * heads, dtype=dtype, requires_grad=True)

@@ -37,6 +37,13 @@ WRONG_OPTIONS = [
         ["--smoe-strata", "4-4", "--smoe-stacking", "--smoe-norm", "released"],
         ["--smoe-norm released", "--smoe-stacking"],
     ),
+    (["--smoe-pass-scale", "1,x"], ["--smoe-pass-scale 1,x", "2 strata 4-4", "e.g. 1,0"]),
+    (["--smoe-pass-scale", "1,0,0"], ["--smoe-pass-scale 1,0,0", "2 strata 4-4"]),
+    (["--smoe-pass-scale", "nan"], ["--smoe-pass-scale nan", "2 strata 4-4"]),
+    (
+        ["--smoe-strata", "4-4", "--smoe-stacking", "--smoe-pass-scale", "1"],
+        ["--smoe-pass-scale 1", "--smoe-stacking"],
+    ),
     (["--smoe-strata", "4-4", "--moe-freq", "3"], ["--moe-freq 3", "2+2 layers", "lower it"]),
     (["--smoe-strata", "4-4", "--moe-freq", "0"], ["--moe-freq 0", "without --smoe-strata"]),
     (["--moe-freq", "-1"], ["--moe-freq -1", "or more"]),

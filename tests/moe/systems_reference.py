@@ -286,7 +286,7 @@ def top_any_losses(gate, tokens):
 def tensor_product(experts, e, h):
     """Expert ``e`` of ``TensorProductExperts``: its tensors contracted from first to last."""
     stratum = next(i for i in range(len(experts.strata)) if e < sum(experts.strata[: i + 1]))
-    place = stratum if len(experts.common.fc1_bias) > 1 else 0
+    place = stratum if len(experts.common.fc1_central) > 1 else 0
     for layer in ("fc1", "fc2"):
         names = [f"{layer}_tensor{k + 1}" for k in range(len(experts.shapes[layer]))]
         tensors = [getattr(experts, n)[e] if hasattr(experts, n) else None for n in names]
@@ -297,7 +297,8 @@ def tensor_product(experts, e, h):
         matrix = matrix.squeeze(-1).squeeze(0)  # (i1, j1, i2, j2, ...)
         axes = range(matrix.dim())
         h = matrix.permute(*axes[::2], *axes[1::2]).reshape(len(h), -1).t() @ h
-        h = h + getattr(experts.common, f"{layer}_bias")[place]
+        own = getattr(experts, f"{layer}_bias", None)
+        h = h + (getattr(experts.common, f"{layer}_bias")[place] if own is None else own[e])
         h = h.relu() if layer == "fc1" else h
     return h
 

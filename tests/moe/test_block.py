@@ -39,9 +39,39 @@ def test_parameter_names_and_shapes():
     assert shapes == {**norms, **gates, **experts}
 
 
+def test_pass_scale_is_one_more_parameter():
+    plain, scaled = make_block(), make_block(pass_scale=(1, 0.5, 0))
+    assert dict(scaled.state_dict()).keys() - plain.state_dict().keys() == {"pass_scale"}
+    assert scaled.pass_scale.tolist() == [1, 0.5, 0]
+    x = torch.randn(30, 8)
+    for norm in ("paper", "released"):
+        plain, ones = make_block(norm=norm), make_block(norm=norm, pass_scale=(1, 1, 1))
+        assert torch.equal(plain(x)[0], ones(x)[0])
+
+
+def test_passes_with_scale_zero_change_nothing_but_learn():
+    block = make_block(strata=(2, 2, 2), pass_scale=(0, 0, 0))
+    x = torch.randn(60, 8)
+    y, stats = block(x)
+    assert torch.equal(y, x) and stats.passes.max() == 3
+    y.square().sum().backward()
+    assert block.pass_scale.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pass_scale_leaves_the_precision(dtype):
+    block = make_block(pass_scale=(1, 0.5, 0)).train()
+    x = torch.randn(40, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        y, _ = block(x)
+    torch.testing.assert_close(y, block(x)[0], rtol=0.05, atol=0.05)
+    assert block.to(dtype)(x.to(dtype))[0].dtype == dtype
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"pass_scale": (1, 0)},
         {"strata": ()},
         {"strata": (4, 0)},
         {"top_k": 3},

@@ -29,6 +29,7 @@ class Case:
     seed: int = 0
     unpopular_expert: int | None = None
     backend: str = "loop"
+    pass_scale: float | None = None
 
 
 def compare(case):
@@ -43,6 +44,7 @@ def compare(case):
         case.capacity_factor,
         norm=case.norm,
         expert_backend=case.backend,
+        pass_scale=None if case.pass_scale is None else (case.pass_scale,) * len(case.strata),
     ).to(dtype)
     block.train(case.training)
     with torch.no_grad():
@@ -116,6 +118,7 @@ def test_agrees_with_the_reference(data):
             seed=data.draw(st.integers(0, 2**16)),
             unpopular_expert=data.draw(st.none() | st.integers(0, sum(strata) - 1)),
             backend=data.draw(st.sampled_from(["loop", "grouped_mm"])),
+            pass_scale=data.draw(st.sampled_from([None, 0.0, 1.0])),
         )
     )
 

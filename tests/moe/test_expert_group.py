@@ -96,7 +96,7 @@ def compare_all(rank, world_size):
         # each rank's tokens have the capacity that they have alone
         compare(rank, size, capacity_factor=0.5)
         compare(rank, size, capacity_factor=None, top_k=1, strata=(8,))
-        compare(rank, size, norm="released", strata=(4, 2, 2))
+        compare(rank, size, norm="released", strata=(4, 2, 2), pass_scale=(1, 0, 0.5))
         compare(rank, size, kind=StackedMoEBlock)
         compare(rank, size, dtype=torch.float32, expert_backend="grouped_mm", strata=(2, 2, 2, 2))
 

@@ -144,12 +144,13 @@ def test_flops_are_those_of_the_products(pair, bond, experts):
     top_k=st.sampled_from([1, 2]),
     bond=st.sampled_from([0, 1, 3]),
     share=st.sampled_from(["block", "stratum"]),
+    bias=st.sampled_from(["common", "own"]),
     tokens=st.integers(1, 7),
     padding=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
-def test_block_is_that_of_the_equations(strata, top_k, bond, share, tokens, padding, seed):
-    options = FACTORS | {"mpo_bond": bond, "mpo_share": share}
+def test_block_is_that_of_the_equations(strata, top_k, bond, share, bias, tokens, padding, seed):
+    options = FACTORS | {"mpo_bond": bond, "mpo_share": share, "mpo_bias": bias}
     block = make_block(strata, top_k, seed, **options)
     block.train()
     block.gates.eval()  # nothing is dropped
@@ -173,9 +174,10 @@ def test_block_is_that_of_the_equations(strata, top_k, bond, share, tokens, padd
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_full_bond_is_the_dense_expert():
+@pytest.mark.parametrize("bias", ["common", "own"])
+def test_full_bond_is_the_dense_expert(bias):
     fc1, fc2 = nn.Linear(12, 8).double(), nn.Linear(8, 12).double()
-    block = make_block(**FACTORS)
+    block = make_block(mpo_bias=bias, **FACTORS)
     block.experts.copy_ffn(fc1, fc2, noise=0)
     dense = SMoEBlock(12, 8, (2, 3), make_experts=FFNExperts).double()
     dense.gates.load_state_dict(block.gates.state_dict())
@@ -305,9 +307,20 @@ def test_changed_tensors_are_rebuilt(change, rebuilt):
 # processes, options
 
 
+def test_biases_of_their_own_are_two_more_stacked_parameters():
+    common, own = (make_block(mpo_bias=bias).experts for bias in ("common", "own"))
+    named = [{name for name, _ in experts.named_parameters()} for experts in (common, own)]
+    biases = {"fc1_bias", "fc2_bias"}
+    assert named[0] ^ named[1] == biases | {f"common.{name}" for name in biases}
+    assert own.num_parameters() - common.num_parameters() == 5 * (12 + 8)
+    y, expected = own.weights(torch.float64), common.weights(torch.float64)
+    assert [t.shape for t in y] == [t.shape for t in expected]
+
+
 def compare_in_processes(rank, size):
-    for share, strata in (("block", (4, 4)), ("stratum", (2, 1, 1)), ("stratum", (2, 2))):
-        make = make_experts(mpo_share=share)
+    cases = (("block", (4, 4), "own"), ("stratum", (2, 1, 1), "common"))
+    for share, strata, bias in (*cases, ("stratum", (2, 2), "own")):
+        make = make_experts(mpo_share=share, mpo_bias=bias)
         compare(rank, size, strata=strata, make_experts=make)
 
 
@@ -342,6 +355,7 @@ def test_processes_that_share_experts_compute_what_one_computes(size):
     [
         ({"mpo_share": "layer"}, "--mpo-share layer: expected block or stratum"),
         ({"mpo_bond": -1}, "--mpo-bond -1: expected 0"),
+        ({"mpo_bias": "none"}, "--mpo-bias none: expected common or own"),
         ({"mpo_central_mask_prob": 1.5}, "--mpo-central-mask-prob 1.5: expected a probability"),
         ({"mpo_in_shape": "2,x,3"}, "--mpo-in-shape 2,x,3: expected factors"),
         ({"mpo_in_shape": "2,3"}, "--mpo-in-shape 2,3: expected an odd number"),

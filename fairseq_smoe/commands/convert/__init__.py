@@ -8,7 +8,11 @@ from fairseq_smoe.errors import OptionError
 # kind -> what it does. The module of that name beside this file has add_arguments(parser),
 # check(args), which raises OptionError, and convert(source, args), which changes the
 # conversion.source.Source in place and returns a conversion.report.Report
-KINDS = {}
+KINDS = {
+    "pesc": "put adapters on the FFNs of a dense model, which it computes first (PESC)",
+    "upcycle": "copy the FFNs of a dense model into experts, which it computes first",
+    "factorise": "turn experts into products of tensors with one in common (MPOE)",
+}
 
 
 def add_arguments(parser):

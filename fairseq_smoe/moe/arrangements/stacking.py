@@ -32,6 +32,12 @@ class StackingOptions(KindOptions):
                 f"--smoe-norm {options.smoe_norm} with --smoe-stacking: stacked layers have only "
                 "one LayerNorm; drop --smoe-norm"
             )
+        if getattr(options, "smoe_pass_scale", None) is not None:
+            raise OptionError(
+                f"--smoe-pass-scale {options.smoe_pass_scale} with --smoe-stacking: stacked layers "
+                "have no residual between them, so a small factor would shut the token out; drop "
+                "--smoe-pass-scale"
+            )
 
 
 class Stacking(Arrangement):

@@ -23,8 +23,8 @@ from fairseq_smoe.moe.matrix_product import (
 from fairseq_smoe.moe.strata import own_experts
 
 SHARING = ("block", "stratum")
+BIASES = ("common", "own")
 LAYERS = ("fc1", "fc2")
-COMMON = ("central", "bias")
 
 
 @dataclass
@@ -43,6 +43,11 @@ class TensorProductOptions(FFNOptions):
     mpo_share: str = option(
         "block", "experts that have their central tensors in common: of a 'block' or a 'stratum'"
     )
+    mpo_bias: str = option(
+        "common",
+        "with --moe-experts tensor-product: biases that the experts with a common central tensor "
+        "have in 'common', or each its 'own'",
+    )
     mpo_central_mask_prob: float = option(
         0.0, "probability that an update leaves a central tensor as it is; 1 freezes them"
     )
@@ -53,6 +58,8 @@ class TensorProductOptions(FFNOptions):
         super().check(strata, options)
         if self.mpo_share not in SHARING:
             raise OptionError(f"--mpo-share {self.mpo_share}: expected {' or '.join(SHARING)}")
+        if self.mpo_bias not in BIASES:
+            raise OptionError(f"--mpo-bias {self.mpo_bias}: expected {' or '.join(BIASES)}")
         if self.mpo_bond < 0:
             raise OptionError(f"--mpo-bond {self.mpo_bond}: expected 0 (no limit) or more")
         if not 0 <= self.mpo_central_mask_prob <= 1:
@@ -110,13 +117,15 @@ class TensorProductExperts(FFNExperts):
     """Two-layer feed-forward networks whose weight matrices are products of n tensors.
 
     The central tensor of a layer is common to all experts of the block or of a stratum, as are the
-    biases. The others are an expert's own. All weights are rebuilt once in a forward pass of the
-    block. In evaluation they are kept until the module is trained again, moved or loaded.
+    biases, unless they are to be an expert's own. The others are an expert's own. All weights are
+    rebuilt once in a forward pass of the block. In evaluation they are kept until the module is
+    trained again, moved or loaded.
 
     Parameters: for each of the outer tensors, k = 1 ... n without the middle, ``fc1_tensor{k}`` and
     ``fc2_tensor{k}`` (E, d, i_k, j_k, d'), stacked over experts. The module ``common`` has
     ``fc1_central``, ``fc2_central`` (S, d, i, j, d') and ``fc1_bias`` (S, F), ``fc2_bias`` (S, D),
-    with S = 1, or the number of strata with ``--mpo-share stratum``.
+    with S = 1, or the number of strata with ``--mpo-share stratum``. With ``--mpo-bias own`` the
+    biases are ``fc1_bias`` (E, F) and ``fc2_bias`` (E, D), stacked over experts.
     """
 
     name = "tensor-product"
@@ -147,9 +156,20 @@ class TensorProductExperts(FFNExperts):
             bound = 1 / math.sqrt(width)
             scale = math.sqrt(width * out_width / central[0].numel())
             central.uniform_(-bound * scale, bound * scale)
-            bias = torch.empty(len(self.sharing), out_width).uniform_(-bound, bound)
             self.common.register_parameter(f"{layer}_central", nn.Parameter(central))
-            self.common.register_parameter(f"{layer}_bias", nn.Parameter(bias))
+            number = len(everyone) if self.own_biases else len(self.sharing)
+            bias = torch.empty(number, out_width).uniform_(-bound, bound)
+            if self.own_biases:
+                self.add_stacked(f"{layer}_bias", bias)
+            else:
+                self.common.register_parameter(f"{layer}_bias", nn.Parameter(bias))
+
+    @property
+    def own_biases(self):
+        return self.options.mpo_bias == "own"
+
+    def _bias(self, layer):
+        return getattr(self if self.own_biases else self.common, f"{layer}_bias")
 
     @torch.no_grad()
     def copy_ffn(self, fc1, fc2, noise=0.01):
@@ -172,12 +192,13 @@ class TensorProductExperts(FFNExperts):
                 tensor_E = tensor_E + spread * torch.randn_like(tensor_E)
                 own = tensor_E if self.group is None else self.group.share(tensor_E)
                 getattr(self, f"{layer}_tensor{k + 1}").copy_(own)
-            getattr(self.common, f"{layer}_bias").copy_(linear.bias)
+            self._bias(layer).copy_(linear.bias)
 
     def weights(self, dtype):
         if self.training or torch.is_grad_enabled():
             return self._rebuild(dtype)
-        in_common = [getattr(self.common, f"{name}_{part}") for name in LAYERS for part in COMMON]
+        in_common = [getattr(self.common, f"{layer}_central") for layer in LAYERS]
+        in_common += [] if self.own_biases else [self._bias(layer) for layer in LAYERS]
         key = dtype, [_state(tensor) for tensor in (*self.stacked(), *in_common)]
         if self._rebuilt is None or self._rebuilt[0] != key:
             self._rebuilt = key, self._rebuild(dtype)
@@ -194,7 +215,7 @@ class TensorProductExperts(FFNExperts):
         found = []
         for layer, shapes in self.shapes.items():
             central_S = getattr(self.common, f"{layer}_central").to(dtype)
-            bias_S = getattr(self.common, f"{layer}_bias").to(dtype)
+            bias_S = None if self.own_biases else self._bias(layer).to(dtype)
             weights, biases = [], []
             for s, (own, count) in enumerate(zip(slices, counts)):
                 if count:
@@ -203,7 +224,8 @@ class TensorProductExperts(FFNExperts):
                         for k in range(len(shapes))
                     ]
                     weights.append(rebuild(tensors))
-                    biases.append(bias_S[s].expand(count, -1))
+                    own_bias = outer[f"{layer}_bias"][own] if bias_S is None else bias_S[s]
+                    biases.append(own_bias.expand(count, -1))
             found += [
                 torch.cat(parts) if len(parts) > 1 else parts[0] for parts in (weights, biases)
             ]
