@@ -29,7 +29,7 @@ def describe(path):
         "experts": describe_gates(next(iter(sizes.values()), ())),
         **({"live experts": "{} of {}".format(*live)} if live else {}),
         "expert blocks": len(sizes),
-        "parameters": sum(_parameters(model).values()) - padding,
+        "parameters": num_parameters(model),
         "of experts": sum(_parameters(experts).values()) - padding,
         "parts": len(parted[0].tensors) if parted else 1,
         "type": _type(model),
@@ -47,6 +47,13 @@ def _architecture(state):
     options = (cfg.get("model") if isinstance(cfg, dict) else state.get("args")) or {}
     options = options if isinstance(options, dict) else vars(options)
     return options.get("arch") or options.get("_name")
+
+
+def num_parameters(model):
+    """How many parameters ``{name: tensor}`` of a model has. What shares memory counts once, and
+    padding of experts does not count."""
+    padding = sum(int(value.sum()) for name, value in model.items() if name.endswith(PADDING))
+    return sum(_parameters(model).values()) - padding
 
 
 def _parameters(model):

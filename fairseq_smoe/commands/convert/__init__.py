@@ -8,7 +8,9 @@ from fairseq_smoe.errors import OptionError
 # kind -> what it does. The module of that name beside this file has add_arguments(parser),
 # check(args), which raises OptionError, and convert(source, args), which changes the
 # conversion.source.Source in place and returns a conversion.report.Report
-KINDS = {}
+KINDS = {
+    "merge-experts": "fewer experts: those that are alike are grouped and merged",
+}
 
 
 def add_arguments(parser):
