@@ -101,7 +101,7 @@ class Merger:
                 bias_E = state.get(f"gates.{i}.logit_bias", rows_ED.new_zeros(len(rows_ED)))
                 # that of one expert with the probability of all of them together
                 merged[f"gates.{i}.logit_bias"] = torch.stack(
-                    [bias_E[members].float().logsumexp(0) for members in own]
+                    [bias_E[members].double().logsumexp(0) for members in own]
                 ).to(bias_E.dtype)
             if alive_E is not None:
                 merged[f"gates.{i}.alive_E"] = alive_E[[members[0] for members in own]]

@@ -1,6 +1,7 @@
 """Make a trained model into another one, that every command takes as it takes any checkpoint."""
 
 import importlib
+import warnings
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
@@ -47,6 +48,7 @@ def run(args):
     from fairseq_smoe.evaluation import set_up_fairseq
 
     set_up_fairseq()
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     from fairseq_smoe.checkpoints import files
     from fairseq_smoe.checkpoints.transform import replace
     from fairseq_smoe.conversion.source import Source

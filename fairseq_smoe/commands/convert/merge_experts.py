@@ -7,7 +7,7 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.strata import parse_strata
 
 SENTENCES = 128
-EPOCHS, LEARNING_RATE = 50, 1e-3
+EPOCHS, LEARNING_RATE = 50, 0.1
 
 
 def add_arguments(parser):
