@@ -27,6 +27,8 @@ REQUIREMENTS = [
     "torch>=2.11,<2.14",
     # older ones have no wheels for Python 3.12
     "numpy>=1.26",
+    # groups and matches experts; scikit-learn, which fairseq requires, brings it as well
+    "scipy",
     # 2.4 changed the BLEU class to the interface used here
     "sacrebleu>=2.4",
     # 0.2 brought wheels for Python 3.12

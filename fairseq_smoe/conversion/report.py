@@ -1,5 +1,6 @@
 """What a conversion tells of what it has done."""
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ class Report:
         path = checkpoint.with_suffix(".report.json")
         write_whole(path, json.dumps(self.facts, indent=1) + "\n")
         paths = [path]
+        if self.pictures and importlib.util.find_spec("matplotlib") is None:
+            print("no pictures, they need matplotlib: pip install 'fairseq-smoe[plot]'")
+            return paths
         for name, draw in self.pictures.items():
             paths.append(checkpoint.with_suffix(f".{name}.png"))
             draw(paths[-1])

@@ -97,6 +97,8 @@ class Source:
         """The options that have been changed, as they are given to fairseq-train."""
         words = []
         for name, value in self.changes.items():
+            if value is None or value is False:
+                continue
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, shlex.quote(str(value))]
         return " ".join(words)

@@ -1,7 +1,9 @@
 """Text on which a conversion looks at what the layers of the model get."""
 
 from contextlib import contextmanager
+from copy import copy
 
+import numpy as np
 from tqdm import tqdm
 
 from fairseq_smoe.analysis.passes import batches, direction_datasets, load_model, run_pass, seed_of
@@ -26,6 +28,7 @@ class Text:
         """
         self.model, task, _ = load_model(checkpoint, args.data)
         self._datasets = direction_datasets(task, args.subset)
+        self._max_tokens = args.max_tokens
         self._plans = {
             direction: batches(
                 dataset,
@@ -37,14 +40,39 @@ class Text:
             for direction, dataset in self._datasets.items()
         }
 
+    @property
+    def num_sentences(self):
+        return sum(len(batch) for plan in self._plans.values() for batch in plan)
+
+    def dealt(self, number):
+        """The text in parts, to which the sentences are dealt in turn, from short to long. Which
+        sentences are in a part does not depend on the size of the batches.
+
+        Returns:
+            list of up to ``number`` texts, none of them empty.
+        """
+        plans, turn = [{} for _ in range(number)], 0
+        for direction, dataset in self._datasets.items():
+            indices = np.concatenate([*self._plans[direction], np.empty(0, dtype=np.int64)])
+            for part in range(min(number, len(indices))):
+                own = indices[part::number].astype(np.int64)
+                plans[(turn + part) % number][direction] = list(
+                    dataset.batch_by_size(own, max_tokens=self._max_tokens)
+                )
+            turn += len(indices)
+        texts = []
+        for plan in filter(None, plans):
+            texts.append(copy(self))
+            texts[-1]._plans = plan
+        return texts
+
     def run(self, what):
         """Send all sentences through the model, with a progress bar; hooks on the model see them.
 
         Args:
             what: is being done, for the bar.
         """
-        total = sum(len(batch) for plan in self._plans.values() for batch in plan)
-        with tqdm(total=total, unit="sentence", desc=what, disable=None) as progress:
+        with tqdm(total=self.num_sentences, unit="sentence", desc=what, disable=None) as progress:
             for direction, plan in self._plans.items():
                 run_pass(self.model, self._datasets[direction], plan, progress)
 

@@ -129,7 +129,7 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, ffn_split=1,
         pass_scale=parse_pass_scale(getattr(options, "smoe_pass_scale", None), strata),
         eom=options.moe_eom,
         expert_group=group,
-        make_gate=partial(gate, options=gate.Options.of(options)),
+        make_gate=partial(_make_gate, gate, options),
         make_experts=partial(experts, options=experts.Options.of(options)),
         expert_ffn_dim=getattr(options, "moe_ffn_dim", None),
         **ffn_options,
@@ -137,6 +137,13 @@ def build_sublayer(embed_dim, ffn_dim, options, strata, group=None, ffn_split=1,
     for kind in chosen_arrangements(options):
         make = partial(_arranged, kind, make, kind.Options.of(options), ffn_options)
     return make(embed_dim, ffn_dim)
+
+
+def _make_gate(kind, options, embed_dim, num_experts):
+    gate = kind(embed_dim, num_experts, kind.Options.of(options))
+    if getattr(options, "moe_gate_bias", False):  # not in checkpoints of earlier versions
+        gate.add_bias()
+    return gate
 
 
 def _make_block(

@@ -69,6 +69,7 @@ class Gate(Kind, nn.Module):
 
     Attributes:
         weight: (E, D) parameter that :meth:`logits` multiplies with.
+        logit_bias: (E,) parameter that it adds; None unless :meth:`add_bias` has been called.
         loss_weights: ``{name: weight}`` of the losses other than the balance loss; an entry for
             the balance loss takes the place of the criterion's weight.
         stratum: number of the gate's stratum, from 0. The block sets it.
@@ -86,6 +87,7 @@ class Gate(Kind, nn.Module):
         self.options = self.Options() if options is None else options
         self.weight = nn.Parameter(torch.empty(num_experts, embed_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+        self.register_parameter("logit_bias", None)
         self.loss_weights = {}
         self.stratum = 0
         self.sizes = self._initially_alive = (num_experts,)
@@ -111,6 +113,10 @@ class Gate(Kind, nn.Module):
         """
         self.sizes, self._initially_alive = tuple(sizes), tuple(alive)
 
+    def add_bias(self):
+        """Add a number to each expert's logit, at first 0."""
+        self.logit_bias = nn.Parameter(self.weight.new_zeros(len(self.weight)))
+
     def num_alive(self):
         """How many experts of each stratum that the gate sees, its own first, are alive; on the
         meta device, at the start."""
@@ -124,7 +130,7 @@ class Gate(Kind, nn.Module):
 
     def logits(self, tokens_TD):
         """(T, E) in at least float32 (paper, eq. 5)."""
-        return gate_logits(tokens_TD, self.weight)
+        return gate_logits(tokens_TD, self.weight, self.logit_bias)
 
     def forward(self, tokens_TD, here_T=None):
         """The :class:`Choices` of the tokens.

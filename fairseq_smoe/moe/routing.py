@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-def gate_logits(tokens_TD, weight_ED):
+def gate_logits(tokens_TD, weight_ED, bias_E=None):
     """Logits of a gate (paper, eq. 5), in at least float32.
 
     Half precision has too few digits to distinguish experts with similar logits, and overflows in
@@ -17,7 +17,8 @@ def gate_logits(tokens_TD, weight_ED):
     """
     dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
     with torch.autocast(tokens_TD.device.type, enabled=False):
-        return F.linear(tokens_TD.to(dtype), weight_ED.to(dtype))
+        bias_E = None if bias_E is None else bias_E.to(dtype)
+        return F.linear(tokens_TD.to(dtype), weight_ED.to(dtype), bias_E)
 
 
 def choose_experts(logits_TE, top_k, sample_second=False):

@@ -3,11 +3,12 @@
 from fairseq_smoe.errors import OptionError
 
 
-def parse_strata(text):
+def parse_strata(text, flag="--smoe-strata"):
     """Read a stratum layout.
 
     Args:
         text: sizes joined by hyphens, e.g. ``"4-4-8"``; a single number is one stratum.
+        flag: that gives it.
 
     Returns:
         Tuple of positive ints.
@@ -18,7 +19,7 @@ def parse_strata(text):
     sizes = str(text).split("-")
     if not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
         raise OptionError(
-            f"--smoe-strata {text!r}: expected the number of experts of each stratum, "
+            f"{flag} {text!r}: expected the number of experts of each stratum, "
             "1 or more, joined by hyphens, as in 4-4-8"
         )
     return tuple(int(size) for size in sizes)

@@ -1,8 +1,12 @@
 """The style of all pictures: colours, sizes, the arrangement of directions, saving."""
 
+import logging
 from dataclasses import dataclass
 
-import matplotlib
+# after fairseq has been imported, it would print how it chooses its fonts
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 

@@ -56,8 +56,8 @@ def check_layout(model, state_dict, group=None):
             raise OptionError(
                 f"{name}: {found.get(name, 'missing')} in the checkpoint, "
                 f"{expected.get(name, 'missing')} in this model; train with the checkpoint's "
-                "--smoe-strata, --smoe-norm, --smoe-pass-scale, --moe-cmr, --moe-heads and sizes, "
-                "or in an empty --save-dir"
+                "--smoe-strata, --smoe-norm, --smoe-pass-scale, --moe-cmr, --moe-heads, "
+                "--moe-gate-bias and sizes, or in an empty --save-dir"
             )
     for name in (n for n in own_state if n.endswith(PADDING)):
         if not torch.equal(state_dict[name].cpu(), own_state[name].cpu()):

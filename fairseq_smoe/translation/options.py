@@ -66,6 +66,7 @@ class LayerOptions(FairseqDataclass):
         f"{', '.join(named_kinds('--moe-gate'))}, or module:Class for a gate of your own "
         "(docs/extend.md)",
     )
+    moe_gate_bias: bool = option(False, "gates with a bias for each expert, which is 0 at first")
     moe_experts: str = option(
         "ffn",
         f"kind of the experts: {', '.join(named_kinds('--moe-experts'))}, or module:Class for a "

@@ -1,6 +1,7 @@
 """Make a trained model into another one, that every command takes as it takes any checkpoint."""
 
 import importlib
+import warnings
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
@@ -12,6 +13,7 @@ KINDS = {
     "pesc": "put adapters on the FFNs of a dense model, which it computes first (PESC)",
     "upcycle": "copy the FFNs of a dense model into experts, which it computes first",
     "factorise": "turn experts into products of tensors with one in common (MPOE)",
+    "merge-experts": "fewer experts: those that are alike are grouped and merged",
 }
 
 
@@ -49,6 +51,7 @@ def run(args):
     from fairseq_smoe.evaluation import set_up_fairseq
 
     set_up_fairseq()
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     from fairseq_smoe.checkpoints import files
     from fairseq_smoe.checkpoints.transform import replace
     from fairseq_smoe.conversion.source import Source

@@ -55,6 +55,11 @@ class TopAnyOptions(KindOptions):
     def check(self, strata, options):
         if options.moe_gate != TopAnyGate.name:
             return self.refuse_given(options.moe_gate, "--moe-gate top-any")
+        if getattr(options, "moe_gate_bias", False):
+            raise OptionError(
+                "--moe-gate-bias with --moe-gate top-any: this gate has thresholds instead; drop "
+                "--moe-gate-bias"
+            )
         if self.moe_max_experts and self.moe_max_experts < max(strata):
             raise OptionError(
                 f"--moe-max-experts {self.moe_max_experts}: expected at least {max(strata)}, as "
