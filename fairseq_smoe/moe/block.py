@@ -76,7 +76,8 @@ class BlockStats:
     """Routing of one forward pass of a block.
 
     Attributes:
-        losses: ``{name: mean over the gates}``, scalars before weighting.
+        losses: ``{name: mean over the gates}``, scalars before weighting; empty for a block with a
+            view.
         passes: (...) int64, requested capacity of each token; 0 at padding. If tokens are split into
             heads, (..., heads), that of each head.
         gates: one record per gate, in stratum order.
@@ -145,7 +146,13 @@ class SMoEBlock(nn.Module):
         pass_scale: initial values of trained factors of the outputs of the passes, one number for
             each stratum (ReZero, arXiv 2003.04887). With 0 a pass begins as the identity. None for
             no such factors.
+
+    Attributes:
+        view: how the next inputs are routed, a :class:`~fairseq_smoe.moe.single_expert.View`; None
+            for what the gates decide. Set by :func:`~fairseq_smoe.moe.single_expert.viewed`.
     """
+
+    view = None
 
     def __init__(
         self,
@@ -254,7 +261,8 @@ class SMoEBlock(nn.Module):
         """
         flat_TD = x.reshape(-1, x.shape[-1])
         real_T = None if padding_mask is None else padding_mask.reshape(-1).logical_not()
-        y_TD, passes_T, gates, losses = self._run(flat_TD, real_T)
+        key_T = None if self.view is None else self.view.keys_of(x.shape[:-1])
+        y_TD, passes_T, gates, losses = self._run(flat_TD, real_T, key_T)
         if self.norm == "released":
             y_TD = self.norms[-1](y_TD)
         passes = passes_T.view(x.shape[:-1])
@@ -262,8 +270,12 @@ class SMoEBlock(nn.Module):
         loss_weights = {**self.gates[0].loss_weights, **self.experts.loss_weights}
         return y_TD.view_as(x), BlockStats(losses, passes, gates, loss_weights)
 
-    def _run(self, tokens_TD, real_T):
-        """All passes. Returns the new tokens, and passes, gate records and losses of each gate."""
+    def _run(self, tokens_TD, real_T, key_T=None):
+        """All passes. Returns the new tokens, and passes, gate records and losses of each gate.
+
+        Args:
+            key_T: of the :attr:`view`, if there is one.
+        """
         shared = self.experts.share(tokens_TD.dtype)
         gates, losses = [], []
         behind_all = self.stratum_of_expert.new_full((len(tokens_TD),), len(self.strata))
@@ -273,7 +285,8 @@ class SMoEBlock(nn.Module):
             here = select(tokens_TD, at_gate_T, may_wait=shared.waits)
             x_HD = here.take(tokens_TD)
             normed_HD = self.norms[i](x_HD)
-            y_HD, record, own_losses = self._visit(normed_HD, i, shared, here.mask_H)
+            key_H = None if key_T is None else here.take(key_T)
+            y_HD, record, own_losses = self._visit(normed_HD, i, shared, here.mask_H, key_H)
             residual_HD = normed_HD if self.norm == "released" and i else x_HD  # eq. 7
             out_HD = residual_HD + F.dropout(y_HD, self.dropout, self.training)
             tokens_TD = here.put(tokens_TD, out_HD)
@@ -284,11 +297,13 @@ class SMoEBlock(nn.Module):
             losses.append(own_losses)
         return tokens_TD, passes_T, gates, losses
 
-    def _visit(self, normed_TD, i, shared, here_T=None):
+    def _visit(self, normed_TD, i, shared, here_T=None, key_T=None):
         """One gate and its experts (eq. 5 and 6). Returns the output before the residual, the
         gate's record and its losses."""
         visible, gate = self.visible[i], self.gates[i]
         choices = gate(normed_TD, here_T)
+        if key_T is not None:
+            choices, weights_C = self.view.route(gate, normed_TD, choices, key_T)
         capacity = None
         if self.training:
             capacity = gate.capacity(len(normed_TD) if here_T is None else here_T.sum())
@@ -296,11 +311,15 @@ class SMoEBlock(nn.Module):
         if self.experts.exchanges:
             rows_C = getattr(self, f"sending_order_{i}")[rows_C]
         plan = plan_dispatch(rows_C, choices.token_C, len(visible), capacity, here_T)
-        weights_C = self._mask_outputs(gate.weights(choices, plan.kept_C))
+        if key_T is None:
+            weights_C = gate.weights(choices, plan.kept_C)
+        weights_C = self._mask_outputs(weights_C)
         y_TD = self.experts.visit(normed_TD, choices, plan, weights_C, shared, visible, here_T)
         if self.pass_scale is not None:
             y_TD = y_TD * self.pass_scale[i]
         record = GateRecord.of(choices, plan.kept_C, here_T)
+        if key_T is not None:  # of tokens that the gate has not routed, they mean nothing
+            return y_TD, record, {}
         losses = gate.losses(choices, here_T) | self.experts.losses(choices, visible, here_T)
         return y_TD, record, losses
 

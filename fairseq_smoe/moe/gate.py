@@ -142,6 +142,12 @@ class Gate(Kind, nn.Module):
         """
         raise NotImplementedError
 
+    def preferences(self, tokens_TD):
+        """(T, E): the better an expert is for a token, the greater. Ranks experts for a view in
+        which tokens visit the k-th best (:mod:`~fairseq_smoe.moe.single_expert`). By default the
+        scores of :meth:`forward`."""
+        return self(tokens_TD).scores_TE
+
     def capacity(self, num_tokens):
         """Maximum number of rows of an expert in training; None for no limit.
 

@@ -12,6 +12,7 @@ from fairseq.search import (
     DiverseBeamSearch,
     LengthConstrainedBeamSearch,
     LexicallyConstrainedBeamSearch,
+    Sampling,
     Search,
 )
 
@@ -182,3 +183,22 @@ class NoRepeatedPhrases(torch.nn.Module):
             row, phrase = begun.nonzero(as_tuple=True)
             lprobs[row, phrases[row, phrase, -1]] = -math.inf
         return lprobs
+
+
+class SamplingWhatIsPossible(Sampling):
+    """--sampling where tokens that are not to be drawn have lost a number of nats, such that their
+    probability is 0. fairseq's ends with an error where no others are left.
+
+    Args:
+        penalty: the number of nats.
+    """
+
+    def __init__(self, dictionary, top_k, top_p, penalty):
+        super().__init__(dictionary, top_k, top_p)
+        self.penalty = penalty
+
+    def step(self, step, lprobs, scores, prev_output_tokens=None, original_batch_idxs=None):
+        """See :meth:`fairseq.search.Search.step`."""
+        best = lprobs.amax(dim=-1, keepdim=True)
+        lprobs = torch.where(best < -self.penalty / 2, lprobs - best, lprobs)
+        return super().step(step, lprobs, scores, prev_output_tokens, original_batch_idxs)

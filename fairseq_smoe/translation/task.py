@@ -16,6 +16,13 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
 from fairseq_smoe.translation import language_options, validation_bleu
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
+from fairseq_smoe.translation.contrast import (
+    ContrastModel,
+    check_contrast,
+    contrast,
+    with_forced,
+)
+from fairseq_smoe.translation.contrast_options import ContrastOptions, add_contrast_options
 from fairseq_smoe.translation.data_manager import DirectionDataManager, check_training_files
 from fairseq_smoe.translation.empty_sources import translate_sentences
 from fairseq_smoe.translation.language_tokens import LanguageTokens
@@ -81,6 +88,7 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
             "each expert layer, to FILE (JSON)",
         )
         validation_bleu.add_arguments(parser)
+        add_contrast_options(parser)
 
     @classmethod
     def check_training_files(cls, args):
@@ -229,6 +237,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
                 f"--constraints {args.constraints}: not possible for a model that was trained with "
                 "--lang-tok-replacing-bos-eos; leave it out"
             )
+        contrasting = ContrastOptions.of(args, self.args)
+        check_contrast(contrasting, models, args)
         if self.capacity_meter is None:  # its hooks stay on the models
             self.capacity_meter = self.make_capacity_meter(models)
         if prefix_allowed_tokens_fn is not None:  # the parent takes it from here only
@@ -238,6 +248,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         self.language_tokens.prepare(generator)
         if getattr(self.args, "keep_inference_langtok", False):
             generator.symbols_to_strip_from_output = {generator.eos}
+        if contrasting.on:
+            contrast(generator, models[0], contrasting, getattr(self.args, "seed", 1))
         return generator
 
     def make_capacity_meter(self, models):
@@ -263,8 +275,11 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         """
 
         def translate(batch):
+            sample, forced = batch["sample"], (batch["prefix"], batch["constraints"])
+            if isinstance(getattr(generator, "model", None), ContrastModel):
+                sample = with_forced(sample, *forced, generator.pad)
             return super(SMoETranslationTask, self).inference_step(
-                generator, models, batch["sample"], batch["prefix"], batch["constraints"]
+                generator, models, sample, *forced
             )
 
         prefix = self.language_tokens.before(prefix_tokens, sample)

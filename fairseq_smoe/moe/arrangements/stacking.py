@@ -71,14 +71,15 @@ class StackedMoEBlock(SMoEBlock):
     def _num_norms(self):
         return 1
 
-    def _run(self, tokens_TD, real_T):
+    def _run(self, tokens_TD, real_T, key_T=None):
         shared = self.experts.share(tokens_TD.dtype)
         here = select(tokens_TD, real_T, may_wait=shared.waits)
         x_HD = here.take(tokens_TD)
+        key_H = None if key_T is None else here.take(key_T)
         y_HD = self.norms[0](x_HD)
         gates, losses = [], []
         for i in range(len(self.strata)):
-            y_HD, record, own_losses = self._visit(y_HD, i, shared, here.mask_H)
+            y_HD, record, own_losses = self._visit(y_HD, i, shared, here.mask_H, key_H)
             gates.append(record)
             losses.append(own_losses)
         out_HD = x_HD + F.dropout(y_HD, self.dropout, self.training)

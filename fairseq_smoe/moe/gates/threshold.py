@@ -87,6 +87,9 @@ class ThresholdGate(Gate):
             visits_TE &= here_T.unsqueeze(1)
         return Choices.where(scores_TE, visits_TE)
 
+    def preferences(self, tokens_TD):
+        return self.logits(tokens_TD)
+
     def weights(self, choices, kept_C=None):
         weights_C = super().weights(choices, kept_C)
         if self.options.moe_threshold_weights == "raw":

@@ -167,6 +167,9 @@ class TopAnyGate(Gate):
         cosines_TE = gate_logits(tokens_TD, unit_ED) / length_T1.clamp(min=_EPS)
         return cosines_TE.sigmoid() - self.threshold.to(dtype).sigmoid()
 
+    def preferences(self, tokens_TD):
+        return self._margins(tokens_TD)
+
     def losses(self, choices, here_T=None):
         shares_TE, num_alive = choices.scores_TE, self.alive_E.sum()
         served_T = shares_TE.detach().any(dim=1)

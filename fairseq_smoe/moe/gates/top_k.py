@@ -72,6 +72,9 @@ class TopKGate(Gate):
         sample = self.training and self.options.moe_second_expert_policy == "sampling"
         return Choices.ranked(scores_TE, choose_experts(logits_TE, self.top_k, sample))
 
+    def preferences(self, tokens_TD):
+        return self.logits(tokens_TD)
+
     def capacity(self, num_tokens):
         factor = self.options.moe_capacity_factor
         return expert_capacity(num_tokens, len(self.weight), factor) if factor else None
