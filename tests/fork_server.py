@@ -59,8 +59,8 @@ COMMANDS = Path(sys.executable).parent
 EXACT_LOGS = Path(__file__).with_name("exact_logs.py")
 INTERRUPTED = Path(__file__).with_name("interrupted.py")
 VARIABLE = "FORK_SERVER"  # its folder, in the environment of the tests
-# read when they are used, or set by sklearn
-OTHERS = ("PYTEST_", "_PYTEST_", VARIABLE, "COLUMNS", "LINES", "KMP_")
+# read when they are used, or set by sklearn, and by torch as it counts FLOPs
+OTHERS = ("PYTEST_", "_PYTEST_", VARIABLE, "COLUMNS", "LINES", "KMP_", "TORCHINDUCTOR_")
 
 
 # --------------------------------------------------------------------------------------
