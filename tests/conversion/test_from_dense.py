@@ -194,6 +194,10 @@ def test_noise_tells_experts_apart(dense, tmp_path):
                 assert relative.sqrt() == pytest.approx(noise, rel=0.1)
                 assert abs(torch.corrcoef(errors_E.flatten(1))[0, 1]) < 0.3
         assert new["encoder.layers.0.expert_block.pass_scale"].tolist() == [1, 0]
+        number = made.report["parameters"]
+        # three more FFNs, two gates, one more LayerNorm, and the passes' scales
+        added = 3 * (2 * 64 * 128 + 128 + 64) + (4 + 2) * 64 + 2 * 64 + 2
+        assert number["after"] - number["before"] == 3 * added
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
