@@ -89,9 +89,10 @@ class Source:
 
     def set_options(self, **changes):
         """Change options of the model, by their names in the checkpoint."""
-        vars(self.options).update(changes)
+        before = vars(self.options)
+        self.changes |= {name: v for name, v in changes.items() if v != before[name]}
+        before.update(changes)
         self._recorded_options().update(changes)
-        self.changes |= changes
 
     def flags(self):
         """The options that have been changed, as they are given to fairseq-train."""

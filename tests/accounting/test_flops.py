@@ -38,6 +38,16 @@ def test_size_of_row(benchmark, row):
         assert flops / dense_flops == pytest.approx(row.mflops / dense_row.mflops, rel=0.01)
 
 
+def test_pass_scales_are_parameters():
+    counts = []
+    for more in ([], ["--smoe-pass-scale", "1,0"]):
+        words = ["--arch", "smoe_transformer_tiny", "--smoe-strata", "2-2", *more]
+        model, options = build_on_meta(words, 100)
+        counts.append((count_parameters(model), flops_per_token(model, options)))
+    (params, flops), (more_params, more_flops) = counts
+    assert more_params - params == 2 * 2 and more_flops - flops == 2 * 2 * 2
+
+
 @pytest.mark.parametrize("ffn_dim", [None, 500])
 @pytest.mark.parametrize("cmr", [False, True])
 @pytest.mark.parametrize("stacking", [False, True])

@@ -10,9 +10,9 @@ from fairseq_smoe.errors import OptionError
 # check(args), which raises OptionError, and convert(source, args), which changes the
 # conversion.source.Source in place and returns a conversion.report.Report
 KINDS = {
-    "pesc": "put adapters on the FFNs of a dense model, which it computes first (PESC)",
-    "upcycle": "copy the FFNs of a dense model into experts, which it computes first",
-    "factorise": "turn experts into products of tensors with one in common (MPOE)",
+    "pesc": "put adapters on the FFNs of a dense model; it translates as before until trained on",
+    "upcycle": "make experts of copies of a dense model's FFNs; it translates as before, too",
+    "factorise": "turn experts into products of small tensors and one that they share (MPOE)",
     "merge-experts": "fewer experts: those that are alike are grouped and merged",
 }
 
