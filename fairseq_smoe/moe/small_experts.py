@@ -53,6 +53,8 @@ def sum_of_chosen(rows_ND, choice_NK, experts):
     Returns:
         (N, D)
     """
+    if not len(rows_ND):
+        return torch.zeros_like(rows_ND)
     way = unit_by_unit if len(rows_ND) <= FEW_ROWS else run_by_run
     return way(rows_ND, choice_NK, experts)
 
@@ -63,8 +65,7 @@ def unit_by_unit(rows_ND, choice_NK, experts):
     second a weighted sum of chosen vectors."""
     num_rows, dim = rows_ND.shape
     width = experts.fc1_bias_PW.shape[1]
-    units_NU = choice_NK.unsqueeze(2) * width + torch.arange(width)
-    units_NU = units_NU.view(num_rows, -1)
+    units_NU = (choice_NK.unsqueeze(2) * width + torch.arange(width)).flatten(1)
     ends = torch.arange(0, units_NU.numel() + 1, units_NU.shape[1])
     bias_1U = experts.fc1_bias_PW.index_select(0, choice_NK.view(-1)).view(-1)
     _quiet_about_sparse_tensors()

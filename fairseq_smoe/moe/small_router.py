@@ -7,22 +7,17 @@ of each, K small experts that a row keeps.
 import torch
 import torch.nn.functional as F
 
-from fairseq_smoe.errors import OptionError
-
-SELECT = ("mlp", "similarity", "oracle")
+ROUTER_NAMES = {
+    "mlp": ("router_in", "router_out"),
+    "similarity": ("router_in",),
+    "oracle": (),
+}
 
 
 def router_shapes(select, num_experts, embed_dim):
     """``{name: shape}`` of the parameters of a router."""
     shapes = {"router_in": (num_experts, embed_dim), "router_out": (num_experts, num_experts)}
     return {name: shapes[name] for name in ROUTER_NAMES[select]}
-
-
-ROUTER_NAMES = {
-    "mlp": ("router_in", "router_out"),
-    "similarity": ("router_in",),
-    "oracle": (),
-}
 
 
 def scores(select, rows_ND, router_in_PD, router_out_PP=None):
@@ -58,41 +53,3 @@ def true_scores(hidden_NU, num_experts):
 def centres(fc1_weight_PWD):
     """The mean direction (P, D) of the input vectors of each small expert's units."""
     return F.normalize(F.normalize(fc1_weight_PWD, dim=-1).mean(dim=-2), dim=-1)
-
-
-def number_kept(text, num_experts):
-    """How many small experts a row keeps.
-
-    Args:
-        text: value of ``--moefy-k``: a number, 0 for all, or a percentage such as ``25%``.
-
-    Raises:
-        OptionError: it is none of these.
-    """
-    text = str(text)
-    digits = text.removesuffix("%")
-    number = int(digits) if digits.isascii() and digits.isdigit() else -1
-    if text.endswith("%") and 0 < number <= 100:
-        return max(1, round(num_experts * number / 100))
-    if not text.endswith("%") and 0 <= number <= num_experts:
-        return number or num_experts
-    raise OptionError(
-        f"--moefy-k {text}: expected a number of experts up to --moefy-experts {num_experts}, 0 "
-        "for all, or a percentage from 1% to 100%"
-    )
-
-
-def check_split(num_experts, ffn_dim):
-    """Raises:
-    OptionError: hidden units cannot be divided equally among the small experts.
-    """
-    if ffn_dim % num_experts == 0:
-        return
-    divisors = [n for n in range(1, ffn_dim + 1) if ffn_dim % n == 0]
-    below = max(n for n in divisors if n < num_experts)
-    above = min((n for n in divisors if n > num_experts), default=None)
-    nearest = f"{below}" if above is None else f"{below} or {above}"
-    raise OptionError(
-        f"--moefy-experts {num_experts}: does not divide the {ffn_dim} hidden units of an FFN; "
-        f"the nearest that does is {nearest}"
-    )

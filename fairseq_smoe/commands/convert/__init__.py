@@ -8,7 +8,9 @@ from fairseq_smoe.errors import OptionError
 # kind -> what it does. The module of that name beside this file has add_arguments(parser),
 # check(args), which raises OptionError, and convert(source, args), which changes the
 # conversion.source.Source in place and returns a conversion.report.Report
-KINDS = {}
+KINDS = {
+    "moefy": "split FFNs into small experts, of which each token computes the best (MoEfication)",
+}
 
 
 def add_arguments(parser):
@@ -54,6 +56,7 @@ def run(args):
     try:
         replace(files.write, source.result(), output)
         paths = [output, *report.write(output)]
+        report.remove()
     except OSError as error:
         raise OptionError(f"{error.filename or output}: {error.strerror or error}") from error
     print(*report.lines, *paths, sep="\n")

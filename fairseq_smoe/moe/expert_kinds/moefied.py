@@ -24,16 +24,9 @@ from fairseq_smoe.moe.expert_kinds.ffn import (
 )
 from fairseq_smoe.moe.kind import option
 from fairseq_smoe.moe.shared_weight import SharedWeight
+from fairseq_smoe.moe.small_counts import SELECT, check_split, number_kept
 from fairseq_smoe.moe.small_experts import SmallExperts, sum_of_chosen
-from fairseq_smoe.moe.small_router import (
-    SELECT,
-    centres,
-    check_split,
-    number_kept,
-    router_shapes,
-    scores,
-    true_scores,
-)
+from fairseq_smoe.moe.small_router import centres, router_shapes, scores, true_scores
 
 NAME = "moefied"
 
