@@ -8,6 +8,7 @@ import torch
 
 from fairseq_smoe.benchmarks.training_command import model_options, vocab_size
 from fairseq_smoe.moe.experts import Experts
+from fairseq_smoe.moe.moefied_ffn import MoefiedFFN
 
 # The paper does not give the length of the context that it counts attention over. With this one the
 # dense models of both tables are within 1% of the printed figures.
@@ -66,6 +67,8 @@ def flops_per_token(model, options):
     from fairseq_smoe.translation.layers import expert_layers
 
     shared = count_parameters(model)
+    for ffn in (module for module in model.modules() if isinstance(module, MoefiedFFN)):
+        shared += ffn.experts.params_used(range(1), 1) - count_parameters(ffn)
     visited = 0
     for _, layer in expert_layers(model):
         heads = 1

@@ -22,11 +22,13 @@ def describe(path):
     sizes = gate_sizes(model)
     experts = {name: value for name, value in model.items() if is_expert_parameter(name)}
     parted = [value for value in experts.values() if isinstance(value, Parted)]
-    live = live_experts(model)
+    live, options = live_experts(model), _options(state)
+    small = _small_experts(options)
     return {
-        "architecture": _architecture(state),
+        "architecture": options.get("arch") or options.get("_name"),
         "experts": describe_gates(next(iter(sizes.values()), ())),
         **({"live experts": "{} of {}".format(*live)} if live else {}),
+        **({"small experts": small} if small else {}),
         "expert blocks": len(sizes),
         "parameters": count_parameters(model),
         "of experts": sum(_parameters(experts).values()) - _padding(model),
@@ -40,12 +42,25 @@ def describe(path):
     }
 
 
-def _architecture(state):
-    """The --arch of the training. Checkpoints of an older fairseq have a Namespace of options."""
+def _options(state):
+    """The model's options. Checkpoints of an older fairseq have a Namespace of options."""
     cfg = state.get("cfg")
     options = (cfg.get("model") if isinstance(cfg, dict) else state.get("args")) or {}
-    options = options if isinstance(options, dict) else vars(options)
-    return options.get("arch") or options.get("_name")
+    return options if isinstance(options, dict) else vars(options)
+
+
+def _small_experts(options):
+    """What has been split by MoEfication; None if nothing has."""
+    split = {
+        "dense FFN": options.get("moefy_dense"),
+        "expert": options.get("moe_experts") == "moefied",
+    }
+    of = " and ".join(f"every {name}" for name, done in split.items() if done)
+    if not of:
+        return None
+    number, kept = options.get("moefy_experts"), str(options.get("moefy_k"))
+    kept = "all" if kept == "0" else kept
+    return f"{number} of {of}, {kept} kept ({options.get('moefy_select')})"
 
 
 def count_parameters(model):

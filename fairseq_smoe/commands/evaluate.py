@@ -4,6 +4,7 @@ Skips what is already done, so that an interrupted call continues where it stopp
 """
 
 import argparse
+import ast
 import sys
 
 from fairseq_smoe.benchmarks.runs import (
@@ -53,6 +54,14 @@ def add_arguments(parser):
         help="each translates directions of its own (default: one per GPU; without a GPU one "
         "per core, at most 8)",
     )
+    group.add_argument(
+        "--model-overrides",
+        type=_dictionary,
+        default={},
+        metavar="DICT",
+        help="options of the model to change, as a Python dictionary in quotes, e.g. "
+        "\"{'moefy_k': 8}\"; translations made with others are made again",
+    )
     group.add_argument("--cpu", action="store_true", help="do not use GPUs")
     group.add_argument("--fp16", action="store_true", help="on a GPU: half precision")
     add_scoring_options(parser)
@@ -63,6 +72,22 @@ def _positive(text):
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a number from 1")
     return int(text)
+
+
+def _dictionary(text):
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    plain = isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(item, str | int | float | None)
+        for name, item in value.items()
+    )
+    if not plain:
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected a Python dictionary in quotes, such as \"{{'moefy_k': 8}}\""
+        )
+    return value
 
 
 def run(args):

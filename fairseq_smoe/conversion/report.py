@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +23,13 @@ class Report:
         facts: of plain types; written as JSON beside the new checkpoint.
         lines: what to print.
         pictures: ``{name: function of a path that draws it}``, written beside it as well.
+        remove: called when all is written; removes what a conversion has kept on the way.
     """
 
     facts: dict = field(default_factory=dict)
     lines: list = field(default_factory=list)
     pictures: dict = field(default_factory=dict)
+    remove: Callable[[], None] = lambda: None
 
     def write(self, checkpoint):
         """Write the files beside a checkpoint, named after it.

@@ -81,6 +81,11 @@ class Source:
         self.options = Namespace(
             **{f.name: recorded.get(f.name, f.default) for f in fields(SMoETransformerOptions)}
         )
+        if self.options.moefy_experts:
+            raise OptionError(
+                f"{path}: its FFNs are split into small experts already; give the checkpoint that "
+                "it was made from"
+            )
 
     def _recorded_options(self):
         cfg = self.state.get("cfg")

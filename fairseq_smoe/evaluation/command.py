@@ -44,7 +44,9 @@ def evaluate(args, training, checkpoint):
     """
     devices = _devices(args)
     benchmark = benchmarks.load(args.benchmark) if args.benchmark else training.benchmark
-    saved = read_saved_model(checkpoint, args.data or training.facts.get("data"))
+    saved = read_saved_model(
+        checkpoint, args.data or training.facts.get("data"), args.model_overrides
+    )
     if args.benchmark:
         check_row(benchmark, benchmark.row(args.row), args.scale, saved)
     directions = _directions(args, benchmark, saved)
@@ -63,6 +65,8 @@ def evaluate(args, training, checkpoint):
         "settings": {
             **asdict(settings),
             "decoder_langtok": bool(saved.task_options.decoder_langtok),
+            # only if there are any, as in evaluations of earlier versions
+            **({"model_overrides": args.model_overrides} if args.model_overrides else {}),
         },
     }
     folders = {
@@ -92,10 +96,10 @@ def evaluate(args, training, checkpoint):
                 print(f"\n{scores['name']}, {subset}; {about}\n\n{score_table(scores)}")
 
 
-def load_translator(checkpoint, data, directions, settings, device, tokens):
+def load_translator(checkpoint, data, overrides, directions, settings, device, tokens):
     """A :class:`Translator` in a new process."""
     set_up_fairseq()
-    model, task = read_saved_model(checkpoint, data).build(directions)
+    model, task = read_saved_model(checkpoint, data, overrides).build(directions)
     return Translator(model, task, settings, device, TokenBudget(tokens))
 
 
@@ -168,9 +172,9 @@ def _side_by_side(model, task, settings, devices, tokens, saved, directions):
             threads = min(threads, int(asked.split(",")[0]))
         make = [partial(_with_threads, translator, threads)] * len(devices)
         return lambda *rest: translate_side_by_side(make, *rest, start_method="fork")
-    data = saved.task_options.data
+    data, overrides = saved.task_options.data, saved.overrides
     make = [
-        partial(load_translator, saved.path, data, directions, settings, device, tokens)
+        partial(load_translator, saved.path, data, overrides, directions, settings, device, tokens)
         for device in devices
     ]
     return lambda *rest: translate_side_by_side(make, *rest, start_method="spawn")

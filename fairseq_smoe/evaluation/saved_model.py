@@ -3,7 +3,7 @@
 import hashlib
 import zipfile
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fairseq import checkpoint_utils, tasks, utils
@@ -11,6 +11,7 @@ from fairseq import checkpoint_utils, tasks, utils
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.data_manager import find_pairs
 from fairseq_smoe.translation.languages import read_languages
+from fairseq_smoe.translation.options import SMoETransformerOptions
 from fairseq_smoe.translation.task_files import LANGS_FILE
 
 
@@ -21,10 +22,12 @@ class SavedModel:
     Attributes:
         path: its file.
         state: as fairseq read it; it has ``cfg``, whatever version wrote it.
+        overrides: options of the model that have been changed, ``{name: value}``.
     """
 
     path: Path
     state: dict
+    overrides: dict = field(default_factory=dict)
 
     @property
     def task_options(self):
@@ -70,17 +73,25 @@ class SavedModel:
         return model, task
 
 
-def read_saved_model(path, data=None):
+def read_saved_model(path, data=None, model_overrides=None):
     """Read a checkpoint.
 
     Args:
         path: the file.
         data: the data folder to use; None for that of the training.
+        model_overrides: ``{name: value}`` of options of the model to change.
 
     Raises:
-        OptionError: it is no checkpoint of this project's task.
+        OptionError: it is no checkpoint of this project's task, or the model has no such option.
     """
-    overrides = {"source_lang": None, "target_lang": None}
+    known = {option.name for option in fields(SMoETransformerOptions)}
+    for name in model_overrides or {}:
+        if name not in known:
+            raise OptionError(
+                f"--model-overrides {name}: the model has no such option; write it as in "
+                "fairseq-train --help, with underscores"
+            )
+    overrides = {**(model_overrides or {}), "source_lang": None, "target_lang": None}
     if data is not None:
         overrides["data"] = str(data)
     try:
@@ -97,7 +108,7 @@ def read_saved_model(path, data=None):
             "fairseq-generate takes any"
         )
     state.pop("last_optimizer_state", None)  # twice as large as the model
-    return SavedModel(Path(path), state)
+    return SavedModel(Path(path), state, model_overrides or {})
 
 
 def identify(path):

@@ -96,7 +96,8 @@ class SMoETrainer(Trainer):
         return super().model
 
     def _experts(self):
-        return [p for n, p in self._model.named_parameters() if is_expert_parameter(n)]
+        named = self._model.named_parameters()
+        return [p for n, p in named if is_expert_parameter(n) and p.requires_grad]
 
     def clip_grad_norm(self, clip_norm):
         """Clip by the norm of the whole model's gradients, of which each rank has only a part.

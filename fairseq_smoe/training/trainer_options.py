@@ -56,7 +56,11 @@ def check_options(cfg, group):
     if backend == "fully_sharded" and cfg.common.bf16:
         raise OptionError("--bf16 with --ddp-backend fully_sharded: not possible; use --fp16")
     if backend == "fully_sharded":  # joins parameters, which it can train or skip only together
-        for name, default in (("pesc_freeze", "none"), ("mpo_central_mask_prob", 0)):
+        for name, default in (
+            ("pesc_freeze", "none"),
+            ("mpo_central_mask_prob", 0),
+            ("moefy_experts", 0),
+        ):
             value = getattr(cfg.model, name, default)
             if value != default:
                 raise OptionError(

@@ -1,4 +1,7 @@
-"""Refusing a checkpoint whose vocabulary or expert blocks differ from the model's."""
+"""Refusing a checkpoint whose vocabulary, expert blocks or small experts differ from the model's."""
+
+import re
+from copy import copy
 
 import torch
 
@@ -6,7 +9,11 @@ from fairseq_smoe.checkpoints.data_record import START_ANEW
 from fairseq_smoe.checkpoints.gates import describe_gates, gate_sizes
 from fairseq_smoe.checkpoints.parts import is_expert_parameter
 from fairseq_smoe.errors import CheckpointError, OptionError
+from fairseq_smoe.moe.expert_kinds.moefied import MoefiedExperts
 from fairseq_smoe.moe.experts import PADDING
+
+_SMALL = re.compile(r"\.layers\.\d+\.fc1\.experts\.")  # dense FFNs split into small experts
+_ROUTER = re.compile(r"\.experts\.router_(in|out)$")
 
 
 def check_vocabulary(model, state_dict):
@@ -53,11 +60,16 @@ def check_layout(model, state_dict, group=None):
         expected[name] = (num_experts * group.size, *rest)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
+            options = (
+                "--smoe-strata, --smoe-norm, --smoe-pass-scale, --moe-cmr, --moe-heads, "
+                "--moe-gate-bias and sizes"
+            )
+            if _SMALL.search(name) or _ROUTER.search(name):
+                options = "--moefy-dense, --moefy-experts and --moefy-select"
             raise OptionError(
                 f"{name}: {found.get(name, 'missing')} in the checkpoint, "
                 f"{expected.get(name, 'missing')} in this model; train with the checkpoint's "
-                "--smoe-strata, --smoe-norm, --smoe-pass-scale, --moe-cmr, --moe-heads, "
-                "--moe-gate-bias and sizes, or in an empty --save-dir"
+                f"{options}, or in an empty --save-dir"
             )
     for name in (n for n in own_state if n.endswith(PADDING)):
         if not torch.equal(state_dict[name].cpu(), own_state[name].cpu()):
@@ -68,7 +80,21 @@ def check_layout(model, state_dict, group=None):
 
 
 def expert_shapes(state_dict):
-    """``{name: shape}`` of every parameter of the expert blocks."""
+    """``{name: shape}`` of every parameter of expert blocks, and of dense FFNs that are split into
+    small experts."""
     return {
-        name: tuple(tensor.shape) for name, tensor in state_dict.items() if ".expert_block." in name
+        name: tuple(tensor.shape)
+        for name, tensor in state_dict.items()
+        if ".expert_block." in name or _SMALL.search(name)
     }
+
+
+def without_needless_routers(model, state_dict):
+    """The checkpoint without the routers of small experts, if ``model`` chooses without them."""
+    kinds = [module for module in model.modules() if isinstance(module, MoefiedExperts)]
+    if not any(experts.options.moefy_select == "oracle" for experts in kinds):
+        return state_dict
+    kept = copy(state_dict)  # with torch's metadata of its modules
+    for name in filter(_ROUTER.search, state_dict):
+        del kept[name]
+    return kept

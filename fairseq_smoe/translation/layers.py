@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_smoe.moe.doors import build_sublayer
+from fairseq_smoe.moe.expert_kinds.moefied import MoefiedOptions
+from fairseq_smoe.moe.moefied_ffn import MoefiedFFN
 
 
 def build_expert_block(cfg, side):
@@ -24,9 +26,13 @@ def build_expert_block(cfg, side):
         cfg.expert_group,
         cfg.moe_ffn_split,
         dropout=cfg.dropout,
-        activation_dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+        activation_dropout=_activation_dropout(cfg),
         activation_fn=utils.get_activation_fn(cfg.activation_fn),
     )
+
+
+def _activation_dropout(cfg):
+    return float(cfg.activation_dropout or cfg.relu_dropout or 0)
 
 
 class _NoFFN(nn.Module):
@@ -140,6 +146,19 @@ class SMoEDecoderLayer(ExpertLayerMixin, TransformerDecoderLayerBase):
         x, attn, _ = super().forward(x, *args, self_attn_padding_mask=padding_mask, **kwargs)
         x, stats = self.apply_experts(x, padding_mask)
         return x, attn, stats
+
+
+def moefy_dense_layers(model, cfg):
+    """Replace the FFNs of the dense layers by :class:`~fairseq_smoe.moe.moefied_ffn.MoefiedFFN`
+    with the same weights. They stand where the first linear layer was."""
+    options = MoefiedOptions.of(cfg)
+    for layer in model.modules():
+        dense = isinstance(layer, (TransformerEncoderLayerBase, TransformerDecoderLayerBase))
+        if dense and not isinstance(layer, ExpertLayerMixin):
+            layer.fc1 = MoefiedFFN(layer.fc1, layer.fc2, options, _activation_dropout(cfg))
+            layer.fc2 = nn.Identity()
+            layer.activation_fn = nn.Identity()
+            layer.activation_dropout_module = nn.Identity()
 
 
 def expert_layers(model):

@@ -16,7 +16,11 @@ from fairseq.models.transformer import (
 from fairseq_smoe.checkpoints.parts import load_experts
 from fairseq_smoe.moe.doors import pool_of
 from fairseq_smoe.moe.expert_group import form_expert_group
-from fairseq_smoe.translation.checkpoint_layout import check_layout, check_vocabulary
+from fairseq_smoe.translation.checkpoint_layout import (
+    check_layout,
+    check_vocabulary,
+    without_needless_routers,
+)
 from fairseq_smoe.translation.layer_drop import drop_alike
 from fairseq_smoe.translation.layers import (
     SMoEDecoderLayer,
@@ -24,6 +28,7 @@ from fairseq_smoe.translation.layers import (
     expert_layers,
     find_expert_group,
     freeze_backbone,
+    moefy_dense_layers,
 )
 from fairseq_smoe.translation.options import (
     SMoETransformerOptions,
@@ -108,7 +113,10 @@ class SMoETransformer(TransformerModelBase):
                 expert_parallel_size(options, pool_of(options, strata), dist.get_world_size()),
                 getattr(getattr(task, "args", None), "distributed_timeout", None),
             )
-        model = super().build_model(TransformerConfig.from_namespace(options), task)
+        cfg = TransformerConfig.from_namespace(options)
+        model = super().build_model(cfg, task)
+        if options.moefy_dense:
+            moefy_dense_layers(model, cfg)
         if not all(layer.routed_block.experts.trains_backbone for _, layer in expert_layers(model)):
             freeze_backbone(model)
         return model
@@ -122,6 +130,7 @@ class SMoETransformer(TransformerModelBase):
         return SMoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        state_dict = without_needless_routers(self, state_dict)
         if strict:
             check_vocabulary(self, state_dict)
             check_layout(self, state_dict, find_expert_group(self))

@@ -240,6 +240,11 @@ def check_options(options):
     """
     strata = resolve_strata(options)
     check_kinds(options, strata)
+    if options.moefy_dense and _count_expert_layers(options) == _count_layers(options):
+        raise OptionError(
+            f"--moefy-dense with --moe-freq {options.moe_freq}: there is no dense layer; for the "
+            "experts give --moe-experts moefied"
+        )
     if options.smoe_norm not in NORMS:
         raise OptionError(f"--smoe-norm {options.smoe_norm}: expected {' or '.join(NORMS)}")
     parse_pass_scale(options.smoe_pass_scale, strata)
@@ -293,6 +298,10 @@ def check_options(options):
             "normalises its own input; drop --post-norm, or use it with --moe-freq 0"
         )
     return strata
+
+
+def _count_layers(options):
+    return options.encoder_layers + options.decoder_layers
 
 
 def _count_expert_layers(options):

@@ -64,9 +64,11 @@ def compare(rank, size, **options):
     experts = {n: p for n, p in block.named_parameters() if not is_shared(n)}
     assert all(hasattr(p, "expert") == (size > 1) for p in experts.values())
     if group is not None:
-        group.average_gradients(experts.values())
+        group.average_gradients(p for p in experts.values() if p.requires_grad)
     expected = dict(whole.named_parameters())
     for name, parameter in block.named_parameters():
+        if not parameter.requires_grad:
+            continue
         reference, gradient = expected[name].grad / dist.get_world_size(), parameter.grad
         if group is not None and not is_shared(name):
             reference = group.share(reference)
@@ -80,10 +82,11 @@ def compare(rank, size, **options):
 
 
 def check_norm(block, whole, group, **tolerance):
-    named = [(n, p.grad / dist.get_world_size()) for n, p in whole.named_parameters()]
+    trained = {n: p for n, p in whole.named_parameters() if p.requires_grad}
+    named = [(n, p.grad / dist.get_world_size()) for n, p in trained.items()]
     shared = torch.stack([g.norm() for n, g in named if is_shared(n)]).norm()
     everything = torch.stack([g.norm() for _, g in named]).norm()
-    own = [p.grad for n, p in block.named_parameters() if not is_shared(n)]
+    own = [p.grad for n, p in block.named_parameters() if not is_shared(n) and p.requires_grad]
     norm = group.norm_with_experts(shared, own)
     torch.testing.assert_close(norm, everything, rtol=1e-5, atol=0)
 

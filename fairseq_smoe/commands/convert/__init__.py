@@ -10,6 +10,7 @@ from fairseq_smoe.errors import OptionError
 # check(args), which raises OptionError, and convert(source, args), which changes the
 # conversion.source.Source in place and returns a conversion.report.Report
 KINDS = {
+    "moefy": "split FFNs into small experts, of which each token computes the best (MoEfication)",
     "pesc": "put adapters on the FFNs of a dense model; it translates as before until trained on",
     "upcycle": "make experts of copies of a dense model's FFNs; it translates as before, too",
     "factorise": "turn experts into products of small tensors and one that they share (MPOE)",
@@ -61,6 +62,7 @@ def run(args):
     try:
         replace(files.write, source.result(), output)
         paths = [output, *report.write(output)]
+        report.remove()
     except OSError as error:
         raise OptionError(f"{error.filename or output}: {error.strerror or error}") from error
     print(*report.lines, *paths, sep="\n")

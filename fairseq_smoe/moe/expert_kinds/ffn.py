@@ -75,8 +75,7 @@ class FFNExperts(Experts):
             ValueError: backend "grouped_mm" cannot multiply with these weights.
         """
         device = self.stacked()[0].device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+        dtype = autocast_type(device, dtype)
         w1, b1, w2, b2 = self.weights(dtype)
         grouped = self.multiplies_in_groups(w1)
         _log_once("grouped_mm" if grouped else "loop", device, dtype)
@@ -106,12 +105,22 @@ class FFNExperts(Experts):
         return None
 
     def multiply(self, rows_ND, runs, shared, experts):
+        return two_layers(rows_ND, runs, shared, experts, self.activation(), self.widths_here())
+
+    def activation(self):
+        """The function between the layers."""
         drops = self.training and self.activation_dropout
-        activate = self._activate_and_drop if drops else self.activation_fn
-        return two_layers(rows_ND, runs, shared, experts, activate, self.widths_here())
+        return self._activate_and_drop if drops else self.activation_fn
 
     def _activate_and_drop(self, hidden_NF):
         return F.dropout(self.activation_fn(hidden_NF), self.activation_dropout)
+
+
+def autocast_type(device, dtype):
+    """The type that tokens of type ``dtype`` are multiplied in on a type of device."""
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
 
 
 def two_layers(rows_ND, runs, shared, experts, activate, widths=None):
