@@ -15,6 +15,7 @@ from fairseq_smoe.benchmarks.runs import (
 )
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.scoring import add_scoring_options
+from fairseq_smoe.translation.contrast_options import ContrastOptions, add_contrast_options
 
 
 def add_arguments(parser):
@@ -64,6 +65,7 @@ def add_arguments(parser):
     )
     group.add_argument("--cpu", action="store_true", help="do not use GPUs")
     group.add_argument("--fp16", action="store_true", help="on a GPU: half precision")
+    add_contrast_options(group)
     add_scoring_options(parser)
     parser.add_argument("--no-score", action="store_true", help="only translate")
 
@@ -92,6 +94,7 @@ def _dictionary(text):
 
 def run(args):
     # check the options before fairseq is imported, which takes seconds
+    ContrastOptions.of(args).check()
     training = find_training(args)
     checkpoint = find_checkpoint(args, training)
     if args.fp16 and args.cpu:

@@ -2,7 +2,6 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -59,11 +58,11 @@ def evaluate(args, training, checkpoint):
     subsets = list(dict.fromkeys(args.subset or ["test"]))
     test_sets = [t for s in subsets for t in find_test_sets(data, s, directions, optional)]
     sentences = {test_set: test_set.check() for test_set in test_sets}
-    settings = Settings(**{name: getattr(args, name) for name in asdict(Settings())})
+    settings = Settings.of(args)
     origin = {
         "checkpoint": {**identify(checkpoint), "num_updates": saved.num_updates},
         "settings": {
-            **asdict(settings),
+            **settings.recorded(),
             "decoder_langtok": bool(saved.task_options.decoder_langtok),
             # only if there are any, as in evaluations of earlier versions
             **({"model_overrides": args.model_overrides} if args.model_overrides else {}),

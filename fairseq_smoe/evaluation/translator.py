@@ -3,7 +3,7 @@
 import time
 from argparse import Namespace
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from fairseq import utils
@@ -11,19 +11,48 @@ from fairseq import utils
 from fairseq_smoe.evaluation.folder import say
 from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
+from fairseq_smoe.translation.contrast import ContrastModel
+from fairseq_smoe.translation.contrast_options import ContrastOptions
 from fairseq_smoe.translation.shortened import ShortenedDataset, describe_long, first_few
 from fairseq_smoe.translation.task import SMoETranslationTask
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the search; names and meanings are those of fairseq-generate."""
+    """Settings of the search; names and meanings are those of fairseq-generate.
+
+    Attributes:
+        contrast: :class:`~fairseq_smoe.translation.contrast_options.ContrastOptions`
+        seed: of random draws of experts.
+    """
 
     beam: int = 5
     lenpen: float = 1.0
     max_len_a: float = 0.0
     max_len_b: int = 200
     fp16: bool = False
+    contrast: ContrastOptions = field(default_factory=ContrastOptions)
+    seed: int = 1
+
+    @classmethod
+    def of(cls, args):
+        """From the options of the command."""
+        names = [f.name for f in fields(cls) if f.name != "contrast"]
+        return cls(
+            **{name: getattr(args, name) for name in names}, contrast=ContrastOptions.of(args)
+        )
+
+    def namespace(self):
+        """As fairseq has options."""
+        return Namespace(**{**vars(self), **vars(self.contrast)})
+
+    def recorded(self):
+        """``{name: value}`` of what translations depend on."""
+        settings = {**asdict(self), **self.contrast.given()}
+        del settings["contrast"]
+        if not (self.contrast.on and self.contrast.rank() is None):
+            del settings["seed"]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -67,8 +96,11 @@ class DirectionTask(SMoETranslationTask):
 
     def build_generator(self, models, args, **kwargs):
         generator = super().build_generator(models, args, **kwargs)
-        generator.model = LeanBeamModel(models)
-        generator.model.set_decoder_beam_size(generator.beam_size)
+        if isinstance(generator.model, ContrastModel):  # is lean by itself
+            generator.model.with_attention = False
+        else:
+            generator.model = LeanBeamModel(models)
+            generator.model.set_decoder_beam_size(generator.beam_size)
         return generator.eval()
 
 
@@ -129,7 +161,7 @@ class Translator:
         if len(cut):
             where = f"{subset} {direction}, line {first_few(cut + 1)}"
             say(f"warning: {describe_long(where, longest)}")
-        generator = task.build_generator([self.model], Namespace(**asdict(self.settings)))
+        generator = task.build_generator([self.model], self.settings.namespace())
         ignored = generator.symbols_to_strip_from_output
         hypotheses = [None] * len(dataset)
         self.meter.start()

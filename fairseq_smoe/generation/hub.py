@@ -12,6 +12,7 @@ from fairseq.tasks.fairseq_task import FairseqTask
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.generation.batches import fit_batches
 from fairseq_smoe.generation.warn import warn
+from fairseq_smoe.translation.contrast_options import ContrastOptions
 from fairseq_smoe.translation.shortened import describe_long, first_few
 from fairseq_smoe.translation.task import SMoETranslationTask
 
@@ -70,6 +71,8 @@ class TranslationHub(GeneratorHubInterface):
             raise OptionError(
                 f"{len(sentences)} sentences and {len(translations)} translations: give as many"
             )
+        if ContrastOptions.of(self.task.args).on:
+            raise OptionError("score: is not possible with scmoe_beta; load the model without it")
         generation = copy(self.cfg.generation)
         generation.score_reference = True
         scorer = FairseqTask.build_generator(self.task, self.models, generation)

@@ -18,7 +18,7 @@ from fairseq.sequence_generator import EnsembleModel
 from fairseq.token_generation_constraints import unpack_constraints
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.moe.single_expert import STRONG, scrambled, viewed
+from fairseq_smoe.moe.single_expert import STRONG, SingleExpert, scrambled, viewed
 from fairseq_smoe.translation.layers import ExpertLayerMixin, expert_layers
 from fairseq_smoe.translation.searches import SamplingWhatIsPossible
 
@@ -196,7 +196,7 @@ class ContrastModel(EnsembleModel):
     def __init__(self, model, options, limits, special, seed, with_attention):
         super().__init__([model])
         self.beta, self.alpha = options.scmoe_beta, options.scmoe_alpha
-        self.rule, self.weak_encoder = options.rule(), options.scmoe_weak_encoder
+        self.rule, self.weak_encoder = SingleExpert(options.rank()), options.scmoe_weak_encoder
         self.limits = limits
         self.pad, self.eos = special
         self.seed = seed

@@ -7,7 +7,6 @@ from typing import Optional
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.moe.kind import KindOptions, option
-from fairseq_smoe.moe.single_expert import SingleExpert
 
 RANK = "rank-"
 
@@ -45,7 +44,7 @@ class ContrastOptions(KindOptions):
         Raises:
             OptionError: names the flag, the value and what would be right.
         """
-        self.rule()
+        self.rank()
         if not self.on:
             return self.refuse_given("", "--scmoe-beta")
         if not 0 <= self.scmoe_beta < math.inf:
@@ -53,23 +52,22 @@ class ContrastOptions(KindOptions):
         if not 0 <= self.scmoe_alpha <= 1:
             raise OptionError(f"--scmoe-alpha {self.scmoe_alpha}: expected a fraction from 0 to 1")
 
-    def rule(self):
-        """:class:`~fairseq_smoe.moe.single_expert.SingleExpert` of the weak view.
+    def rank(self):
+        """Rank of the weak view's expert, from 1; None for a random one.
 
         Raises:
-            OptionError: ``scmoe_weak`` is no such rule.
+            OptionError: ``scmoe_weak`` is neither.
         """
-        if self.scmoe_weak == "random":
-            return SingleExpert(None)
-        rank = str(self.scmoe_weak).removeprefix(RANK)
-        if str(self.scmoe_weak) != f"{RANK}{rank}" or not (rank.isascii() and rank.isdigit()):
-            rank = "0"
-        if int(rank) < 1:
+        text = str(self.scmoe_weak)
+        if text == "random":
+            return None
+        rank = text.removeprefix(RANK)
+        if text != f"{RANK}{rank}" or not (rank.isascii() and rank.isdigit()) or int(rank) < 1:
             raise OptionError(
-                f"--scmoe-weak {self.scmoe_weak}: expected rank-K with a number K from 1, such as "
-                "rank-2, or random"
+                f"--scmoe-weak {text}: expected rank-K with a number K from 1, such as rank-2, or "
+                "random"
             )
-        return SingleExpert(int(rank))
+        return int(rank)
 
     @classmethod
     def of(cls, *sources):

@@ -159,6 +159,11 @@ def check_search(args):
             "scores the words that are there; leave out --replace-unk",
         ),
         (
+            args.scmoe_beta is not None and args.score_reference,
+            "score_reference",
+            "scores words that are given, without contrast; leave out --scmoe-beta",
+        ),
+        (
             not 0 <= args.shard_id < args.num_shards,
             "shard_id",
             f"expected 0 to {args.num_shards - 1}, one less than --num-shards",

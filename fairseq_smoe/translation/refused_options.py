@@ -3,9 +3,12 @@
 docs/fairseq-options.md lists all options.
 """
 
+from dataclasses import fields
+
 from fairseq.criterions import CRITERION_REGISTRY
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.translation.contrast_options import ContrastOptions
 from fairseq_smoe.translation.option_values import check_choices, check_data, check_search, flag
 
 TASK = "smoe_translation"
@@ -18,6 +21,7 @@ BASE_LAYER = "is another mixture of experts; use --smoe-strata"
 XFORMERS = "attention is that of torch; leave it out"
 PRUNING = "layers cannot be pruned, since every Nth has experts; train fewer with --{}-layers"
 PRECISION = "models translate in 32 bits, or with --fp16 in 16; leave it out"
+ONLY_TRANSLATING = "is for commands that translate; leave it out"
 ONLY_GENERATE = "fairseq-interactive does not have it; use fairseq-generate"
 
 # by the program that has parsed it: {name: why, and what to do}
@@ -105,6 +109,8 @@ def check_parsed(args, default):
         OptionError: names the option, its value and the remedy.
     """
     refused = dict(EVERYWHERE)
+    if not hasattr(args, "beam"):
+        refused |= {f.name: ONLY_TRANSLATING for f in fields(ContrastOptions)}
     if hasattr(args, "max_update"):
         refused |= TRAINING if args.arch.startswith("smoe_") else {}
         check_criterion(args.criterion)
@@ -119,6 +125,7 @@ def check_parsed(args, default):
     check_data(args)
     if hasattr(args, "beam"):
         check_search(args)
+        ContrastOptions.of(args).check()
 
 
 def check_criterion(name):

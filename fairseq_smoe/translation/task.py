@@ -249,7 +249,8 @@ class SMoETranslationTask(TranslationMultiSimpleEpochTask):
         if getattr(self.args, "keep_inference_langtok", False):
             generator.symbols_to_strip_from_output = {generator.eos}
         if contrasting.on:
-            contrast(generator, models[0], contrasting, getattr(self.args, "seed", 1))
+            seed = getattr(args, "seed", None) or getattr(self.args, "seed", None)
+            contrast(generator, models[0], contrasting, seed or 1)
         return generator
 
     def make_capacity_meter(self, models):
