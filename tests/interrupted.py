@@ -6,7 +6,9 @@ import signal
 import sys
 
 from fairseq_cli import train  # first, as it sets up logging
-from fairseq.trainer import Trainer  # isort: skip
+
+# isort: split
+from fairseq.trainer import Trainer
 
 number, update = getattr(signal, sys.argv.pop(1)), int(sys.argv.pop(1))
 stock = Trainer.train_step
