@@ -14,10 +14,13 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from fairseq_smoe.plots.train_log import read_log
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "convert"
 BENCHMARK = RESULTS / "convert-m4.json"
@@ -26,7 +29,7 @@ SUBSET = "test1"  # held-out text of the training sources; test is Flores
 METRICS = ("bleu", "chrf++")
 COLUMNS = (
     *("variant", "source", "convert", "train", "evaluate", "updates", "parameters", "megabytes"),
-    *(*METRICS, "difference", "p", "seconds"),
+    *("loss", *METRICS, "difference", "p", "seconds"),
 )
 NUMBERS = {"bleu": 2, "chrf++": 1, "difference": 2, "megabytes": 1}
 
@@ -39,10 +42,11 @@ class Variant:
         part: of the report.
         name: of the variant, and of its run folder.
         source: row of the benchmark that it is made from, or another variant of the part, which
-            stands before it.
+            stands before it; empty for a vanilla model from the start.
         convert: words behind ``convert``: the kind, and its options.
-        train: options of fairseq-train to train the result on with; empty for not at all.
-        evaluate: options of ``evaluate``.
+        train: options of fairseq-train to train the result on with, in addition to those of the
+            benchmark; empty for not at all.
+        evaluate: words of options of ``evaluate``.
         baseline: variant of the part that its BLEU is tested against.
     """
 
@@ -51,7 +55,7 @@ class Variant:
     source: str
     convert: str = ""
     train: str = ""
-    evaluate: str = ""
+    evaluate: tuple = ()
     baseline: str = ""
 
 
@@ -70,7 +74,7 @@ class Report:
 
     def train_rows(self):
         """Train the models that everything starts from."""
-        for row in {v.source for v in self.variants} & {"dense", "vanilla-moe"}:
+        for row in ("dense", "vanilla-moe"):
             if not self._is_trained(row):
                 run("train", BENCHMARK, row, "--data", self.data, "--run", self.runs / row, "--cpu",
                     "--max-tokens", "2000")  # fmt: skip
@@ -91,10 +95,9 @@ class Report:
 
     def checkpoint(self, name, part):
         """The checkpoint of a row of the benchmark, or of a variant of the part."""
-        folder = self.runs / name
-        if not any(v.name == name for v in self.variants if v.part == part):
-            return folder / "checkpoints" / "checkpoint_last.pt"
         variant = self.find(part, name)
+        if variant is None:
+            return self.runs / name / "checkpoints" / "checkpoint_last.pt"
         if variant.train:
             return self.folder(variant) / "checkpoints" / "checkpoint_last.pt"
         if variant.convert:
@@ -102,7 +105,8 @@ class Report:
         return self.checkpoint(variant.source, part)
 
     def find(self, part, name):
-        return next(v for v in self.variants if (v.part, v.name) == (part, name))
+        """The variant of that name; None for a row of the benchmark."""
+        return next((v for v in self.variants if (v.part, v.name) == (part, name)), None)
 
     def folder(self, variant):
         return self.runs / variant.part / variant.name
@@ -110,31 +114,45 @@ class Report:
     def _line(self, variant):
         folder = self.folder(variant)
         folder.mkdir(parents=True, exist_ok=True)
-        source = self.checkpoint(variant.source, variant.part)
         converted = folder / "converted.pt"
         if variant.convert and not converted.exists():
             kind, *options = variant.convert.split()
-            run("convert", kind, source, converted, *options)
+            run("convert", kind, self.checkpoint(variant.source, variant.part), converted, *options)
         if variant.train:
-            self._train_on(variant, converted if variant.convert else source)
+            self._train_on(variant)
         checkpoint = self.checkpoint(variant.name, variant.part)
         run(
             *("evaluate", "--run", folder, "--checkpoint", checkpoint, "--data", self.data),
             *("--subset", SUBSET, "--cpu", "--processes", "1", "--max-len-b", "100"),
-            *("--metrics", *METRICS, *variant.evaluate.split()),
+            *("--metrics", *METRICS, *variant.evaluate),
             *(("--directions", self.directions) if self.directions else ()),
         )
         return self._read(variant, checkpoint)
 
-    def _train_on(self, variant, start):
-        """Train on from a checkpoint with the options of the benchmark."""
-        folder = self.folder(variant)
-        row = "dense" if "dense" in (variant.source, *variant.train.split()) else "vanilla-moe"
-        words = [word for word in variant.train.split() if word != "dense"]
+    def _train_on(self, variant):
+        """Train on, with the options of the model that is trained on."""
+        row, start = self._model(variant)
         run(
-            *("train", BENCHMARK, row, "--data", self.data, "--run", folder, "--cpu"),
-            *("--max-tokens", "2000", "--finetune-from-model", start, *words),
+            *("train", BENCHMARK, row, "--data", self.data, "--run", self.folder(variant), "--cpu"),
+            *("--max-tokens", "2000", *start, *variant.train.split()),
         )
+
+    def _model(self, variant):
+        """The row of the benchmark that a variant goes back to, and the options that make its model
+        of that, with the checkpoint to begin with."""
+        folder = self.folder(variant)
+        if not variant.source:
+            return "vanilla-moe", []
+        if variant.convert:
+            report = json.loads((folder / "converted.report.json").read_text())
+            row, _ = self._model(replace(variant, convert=""))
+            begin = ["--finetune-from-model", folder / "converted.pt"]
+            return row, [*begin, *shlex.split(report["training_options"])]
+        parent = self.find(variant.part, variant.source)
+        if parent is None:
+            start = self.checkpoint(variant.source, variant.part)
+            return variant.source, ["--finetune-from-model", start]
+        return self._model(parent)
 
     def _read(self, variant, checkpoint):
         folder = self.folder(variant) / "evaluation" / SUBSET
@@ -145,18 +163,25 @@ class Report:
         (facts,) = facts.values()
         seconds = [json.loads(path.read_text())["seconds"] for path in folder.glob("*-*.json")]
         found |= self._tested(variant)
+        found["loss"] = self._loss(variant)
         found |= {
             "variant": variant.name,
             "source": variant.source,
             "convert": variant.convert,
             "train": variant.train,
-            "evaluate": variant.evaluate,
+            "evaluate": " ".join(variant.evaluate),
             "updates": facts["updates"],
             "parameters": facts["parameters"],
             "megabytes": checkpoint.stat().st_size / 1e6,
             "seconds": round(sum(seconds), 1),
         }
         return {name: rounded(name, found.get(name, "")) for name in COLUMNS}
+
+    def _loss(self, variant):
+        """Validation loss at the end of a training, in bits a token."""
+        log = self.folder(variant) / "train.log"
+        losses = read_log(log).get("valid") if variant.train else None
+        return losses[max(losses)]["valid_nll_loss"] if losses else ""
 
     def _tested(self, variant):
         """Difference to the baseline in mean BLEU, and the p value of the paired bootstrap."""

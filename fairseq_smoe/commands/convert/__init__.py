@@ -59,6 +59,7 @@ def run(args):
 
     source = Source(args.checkpoint)
     report = kind.convert(source, args)
+    report.facts["training_options"] = source.flags()
     try:
         replace(files.write, source.result(), output)
         paths = [output, *report.write(output)]
