@@ -317,7 +317,7 @@ def uniform_gates(rank):
     """Logits that are noise, each rank's other."""
     generator = torch.Generator().manual_seed(rank)
 
-    def logits(tokens_TD, weight_ED):
+    def logits(tokens_TD, weight_ED, bias_E):
         noise_TE = torch.randn(len(tokens_TD), len(weight_ED), generator=generator)
         return noise_TE + 0 * weight_ED.sum()
 
