@@ -1,6 +1,5 @@
 """Experts of a trained mixture as products of tensors."""
 
-import json
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from converting import convert, loss, predictions, refusal
 from toy_task import REPOSITORY, environment, generate, run, train
 
 from fairseq_smoe.__main__ import main
+from fairseq_smoe.checkpoints.description import describe
 from fairseq_smoe.checkpoints.parts import read_checkpoint
 from fairseq_smoe.translation.layers import expert_layers
 
@@ -91,11 +91,7 @@ def test_errors_are_those_of_the_weights_and_fall_with_the_bond(factorised, trai
                 assert torch.equal(found[block][2 * k + 1], old[f"{block}.experts.{part}_bias"])
                 totals_here.append(sum(errors_E))
         totals.append(totals_here)
-        inspected = json.loads(
-            run(
-                *("python", "-m", "fairseq_smoe", "checkpoint", "inspect", made.path, "--json")
-            ).stdout
-        )[str(made.path)]
+        inspected = describe(made.path)
         assert inspected["parameters"] == made.report["parameters"]["after"]
         assert inspected["experts"] == "strata 2-2-2-2"
     for before, after in zip(totals, totals[1:]):

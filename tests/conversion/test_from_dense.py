@@ -12,6 +12,7 @@ from converting import convert, loss, predictions, refusal
 from toy_task import generate, run, train
 
 from fairseq_smoe.__main__ import main
+from fairseq_smoe.checkpoints.description import describe
 from fairseq_smoe.checkpoints.parts import read_checkpoint, whole
 from fairseq_smoe.conversion.source import Source
 from fairseq_smoe.conversion.upcycle import copy_into_experts
@@ -171,9 +172,9 @@ def test_what_adapters_are_made_of(dense, tmp_path):
     assert report["layers"] == ["encoder.layers.1", "decoder.layers.1"]
     added = 2 * (8 * 2 * 64 * 16 + (8 + 4) * 64 + 2 * 64)  # adapters, gates, one more LayerNorm
     assert report["parameters"]["after"] - report["parameters"]["before"] == added
-    described = run("python", "-m", "fairseq_smoe", "checkpoint", "inspect", made[0].path, "--json")
-    assert f'"parameters": {report["parameters"]["after"]}' in described.stdout
-    assert '"experts": "strata 4-4"' in described.stdout
+    described = describe(made[0].path)
+    assert described["parameters"] == report["parameters"]["after"]
+    assert described["experts"] == "strata 4-4" and described["optimizer"] == "none"
 
 
 def test_noise_tells_experts_apart(dense, tmp_path):
