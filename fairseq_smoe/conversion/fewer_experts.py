@@ -1,5 +1,5 @@
-"""Making a model with fewer experts: grouping those that are alike, and merging each group (Li et
-al. 2024, arXiv 2407.09590)."""
+"""Making a model with fewer experts: those that are alike are grouped, and each group is merged
+(Zhang et al. 2024, arXiv 2407.09590)."""
 
 from copy import copy
 

@@ -1,4 +1,4 @@
-"""Dividing experts into groups that are alike (Li et al. 2024, arXiv 2407.09590, stage 2)."""
+"""Dividing experts into groups that are alike (Zhang et al. 2024, arXiv 2407.09590, stage 2)."""
 
 import numpy as np
 from scipy.cluster.hierarchy import linkage

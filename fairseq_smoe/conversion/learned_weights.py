@@ -1,5 +1,5 @@
 """Learning the weights with which experts are merged: the merged block is to compute what the block
-computes (Li et al. 2024, arXiv 2407.09590, stage 3).
+computes (Zhang et al. 2024, arXiv 2407.09590, stage 3).
 
 Letters in names: N tokens, D model dim, E experts before, G groups.
 """

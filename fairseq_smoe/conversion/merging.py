@@ -1,4 +1,4 @@
-"""Merging the experts of a block group by group, and the gates' rows with them (Li et al. 2024,
+"""Merging the experts of a block group by group, and the gates' rows with them (Zhang et al. 2024,
 arXiv 2407.09590, stage 3).
 
 Letters in names: E experts before, G groups, which are the experts after.

@@ -45,25 +45,33 @@ class Text:
         return sum(len(batch) for plan in self._plans.values() for batch in plan)
 
     def dealt(self, number):
-        """The text in parts, to which the sentences are dealt in turn, from short to long. Which
+        """The text in parts of as many sentences, drawn at random from all directions. Which
         sentences are in a part does not depend on the size of the batches.
 
         Returns:
             list of up to ``number`` texts, none of them empty.
         """
-        plans, turn = [{} for _ in range(number)], 0
-        for direction, dataset in self._datasets.items():
-            indices = np.concatenate([*self._plans[direction], np.empty(0, dtype=np.int64)])
-            for part in range(min(number, len(indices))):
-                own = indices[part::number].astype(np.int64)
-                plans[(turn + part) % number][direction] = list(
-                    dataset.batch_by_size(own, max_tokens=self._max_tokens)
-                )
-            turn += len(indices)
-        texts = []
-        for plan in filter(None, plans):
+        sentences = [
+            (direction, index)
+            for direction, plan in self._plans.items()
+            for batch in plan
+            for index in batch
+        ]
+        order, texts = np.random.default_rng(1).permutation(len(sentences)), []
+        for part in range(min(number, len(sentences))):
+            plan = {}
+            for place in sorted(order[part::number]):  # from short to long, as they were
+                direction, index = sentences[place]
+                plan.setdefault(direction, []).append(index)
             texts.append(copy(self))
-            texts[-1]._plans = plan
+            texts[-1]._plans = {
+                direction: list(
+                    self._datasets[direction].batch_by_size(
+                        np.array(indices, dtype=np.int64), max_tokens=self._max_tokens
+                    )
+                )
+                for direction, indices in plan.items()
+            }
         return texts
 
     def run(self, what):

@@ -7,6 +7,8 @@ import warnings
 def set_up_fairseq():
     """Import fairseq without its messages for developers, and register the plugin."""
     logging.getLogger("fairseq").setLevel(logging.WARNING)
+    # one of fairseq's modules makes every package print what it has for debugging
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import fairseq  # noqa: F401

@@ -1,12 +1,8 @@
 """The style of all pictures: colours, sizes, the arrangement of directions, saving."""
 
-import logging
 from dataclasses import dataclass
 
-# after fairseq has been imported, it would print how it chooses its fonts
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
-
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
 

@@ -60,9 +60,9 @@ def large(data, tmp_path):
 class Loading:
     """The process, and the most memory of its own, not of files, that it has had at any time."""
 
-    def __init__(self, path):
+    def __init__(self, path, code=LOAD):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LOAD, str(path)],
+            [sys.executable, "-c", code, str(path)],
             env=environment(),
             cwd=REPOSITORY,
             stdin=subprocess.PIPE,
