@@ -46,6 +46,7 @@ EXTRAS = {
         "matplotlib",  # pictures of the report
     ],
     "plot": ["matplotlib"],
+    "moefy": ["pymetis"],  # convert moefy --moefy-split graph
     "comet": ["unbabel-comet>=2.2"],  # brings numpy 1.26
     "demo": [
         "polib",  # reads gettext catalogues
@@ -54,6 +55,7 @@ EXTRAS = {
     "test": [
         "matplotlib",
         "pytest",
+        "pymetis",
         "pytest-xdist",  # two test processes at a time
         "hypothesis",
         "import-linter",  # the contract about rooms
