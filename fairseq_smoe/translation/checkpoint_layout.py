@@ -1,4 +1,4 @@
-"""Refusing a checkpoint whose vocabulary, expert blocks or small experts differ from the model's."""
+"""Refusing a checkpoint whose vocabulary, expert blocks or small experts are not the model's."""
 
 import re
 from copy import copy

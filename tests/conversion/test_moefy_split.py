@@ -126,7 +126,7 @@ def test_a_trained_router_is_better_than_its_start(network):
         coverage[select] = {row["kept"]: row["router"] for row in found}
         assert all(row["router"] <= row["oracle"] + 1e-6 for row in found)
     assert [*coverage["mlp"]] == [1, 2, 4]
-    assert coverage["oracle"][2] >= coverage["mlp"][2] > coverage["similarity"][2] + 0.05
+    assert coverage["oracle"][2] >= coverage["mlp"][2] > coverage["similarity"][2] + 0.02
     assert coverage["mlp"][2] > 0.8 * coverage["oracle"][2] and coverage["mlp"][2] > 2 * 2 / 8
     assert parameters == {}  # of the oracle
 
