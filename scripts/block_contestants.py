@@ -12,7 +12,7 @@ from fairseq_smoe.moe.dispatch import plan_dispatch
 class OneHotBlock(SMoEBlock):
     """The same block, but with dispatch by one-hot einsums as in GShard (Lepikhin et al. 2021)."""
 
-    def _visit(self, normed_TD, i, shared, here_T=None):
+    def _visit(self, normed_TD, i, shared, here_T=None, key_T=None):
         visible, gate = self.visible[i], self.gates[i]
         choices = gate(normed_TD)
         capacity = gate.capacity(len(normed_TD))

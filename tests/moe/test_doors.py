@@ -217,7 +217,7 @@ def build(**changes):
 def test_what_the_project_has():
     assert {flag: list(doors.named_kinds(flag)) for flag in doors.DOORS} == {
         "--moe-gate": ["threshold", "top-any", "top-k"],
-        "--moe-experts": ["adapter", "ffn", "sized", "tensor-product"],
+        "--moe-experts": ["adapter", "ffn", "moefied", "sized", "tensor-product"],
         "--moe-arrangement": ["cmr", "multi-head", "stacking"],
     }
 
