@@ -14,8 +14,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from fairseq_smoe.moe.dispatch import plan_dispatch
-
 FEW_ROWS = 32  # up to this number, unit by unit is faster
 ROWS_AT_ONCE = 256  # that are copied and summed together; few enough to stay in the cache
 LONGEST_RUN = 512  # rows of one product
@@ -82,22 +80,22 @@ def unit_by_unit(rows_ND, choice_NK, experts):
 
 
 def run_by_run(rows_ND, choice_NK, experts):
-    """For many rows, where arithmetic takes the time. The choices are sorted by expert, and each
-    expert multiplies its run of rows. Short runs are copied together, and their outputs added
-    together, as calls of torch cost more than a few rows do."""
-    number, width, dim = experts.fc1_weight_PWD.shape
-    num_rows, num_chosen = choice_NK.shape
-    row_C = torch.arange(num_rows).repeat_interleave(num_chosen)
-    plan = plan_dispatch(choice_NK.reshape(-1), row_C, number)
-    hidden_CW = experts.fc1_bias_PW.index_select(0, plan.row_expert_N)
+    """For many rows, where arithmetic takes the time. Each expert multiplies the rows that have
+    chosen it. Short runs of rows are copied together, and their outputs added together, as calls of
+    torch cost more than a few rows do."""
+    number, _, dim = experts.fc1_weight_PWD.shape
+    chosen_PN = torch.zeros(number, len(rows_ND), dtype=torch.bool)
+    chosen_PN.scatter_(0, choice_NK.t(), True)
+    expert_C, row_C = chosen_PN.nonzero().unbind(1)  # by expert, without sorting
+    hidden_CW = experts.fc1_bias_PW.index_select(0, expert_C)
     fc1 = experts.fc1_weight_PWD.transpose(1, 2).unbind(0)
     fc2 = experts.fc2_weight_PWD.unbind(0)
-    out_ND = rows_ND.new_zeros(num_rows, dim)
+    out_ND = rows_ND.new_zeros(len(rows_ND), dim)
     start = 0
-    for pieces in _pieces(plan.rows_per_expert):
+    for pieces in _pieces(chosen_PN.sum(1).tolist()):
         sizes = [size for _, size in pieces]
         stop = start + sum(sizes)
-        rows, hidden = plan.row_token_N[start:stop], hidden_CW[start:stop]
+        rows, hidden = row_C[start:stop], hidden_CW[start:stop]
         copied = rows_ND.index_select(0, rows)
         for (e, _), x, h in zip(pieces, copied.split(sizes), hidden.split(sizes)):
             h.addmm_(x, fc1[e])

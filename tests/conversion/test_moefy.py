@@ -118,6 +118,21 @@ def test_report_and_inspection(name, ffns, converted):
     assert not path.with_name(f"{path.name}.work").exists()
 
 
+def test_dense_layers_see_every_token_once(converted, text):
+    """In all directions, with a language token and an end for every sentence of either side."""
+    report = json.loads(converted("dense").with_suffix(".report.json").read_text())
+    tokens = {ffn["name"]: ffn["tokens"] for ffn in report["ffns"]}
+    for side in ("encoder", "decoder"):
+        expected = 0
+        for direction in toy_task.DIRECTIONS:
+            source, target = direction.split("-")
+            other = ({source, target} - {"en"}).pop()
+            lang = source if side == "encoder" else target
+            lines = (text / f"valid.en-{other}.{lang}").read_text().splitlines()
+            expected += sum(len(line.split()) + 2 for line in lines)
+        assert {n for name, n in tokens.items() if name.startswith(side)} == {expected}, side
+
+
 def test_other_ways(trained, data, tmp_path):
     """Fewer kept, other splits and ways of choosing; the oracle needs no router."""
     for split, select, k in (("graph", "similarity", "3"), ("random", "oracle", "50%")):
