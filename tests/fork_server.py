@@ -7,6 +7,8 @@ in its end: Python's own, without the last step that takes modules apart. It has
 process id, environment, files, signal handlers and random numbers, and runs the installed script,
 as ``__main__``.
 
+The ranks that ``torchrun`` starts are forks as well, if it is one itself.
+
 A command is a process of its own all the same where its environment differs from that of the tests,
 which modules may have read; where no server runs (``pytest --own-processes``); and for all of
 ``subprocess``, which the tests use where the process itself is what they test.
@@ -53,11 +55,12 @@ SCRIPTS = {
     "fairseq-interactive": TRANSLATE,
     "fairseq-validate": TRANSLATE,
     "fairseq-preprocess": TRANSLATE,
-    "torchrun": TORCH,  # its ranks are processes of their own
+    "torchrun": TORCH,
 }
 COMMANDS = Path(sys.executable).parent
 EXACT_LOGS = Path(__file__).with_name("exact_logs.py")
 INTERRUPTED = Path(__file__).with_name("interrupted.py")
+PID = 10  # bytes in which a process id is sent
 VARIABLE = "FORK_SERVER"  # its folder, in the environment of the tests
 # read when they are used, or set by sklearn, and by torch as it counts FLOPs
 OTHERS = ("PYTEST_", "_PYTEST_", VARIABLE, "COLUMNS", "LINES", "KMP_", "TORCHINDUCTOR_")
@@ -114,28 +117,77 @@ def run_process(command, env, cwd, input="", timeout=None):
 
 def run_fork(kind, command, program, env, cwd, input="", timeout=None):
     """Run ``["-m", MODULE, *arguments]``, or ``[SCRIPT, *arguments]``, as ``python`` would."""
-    request = {"program": program, "command": command, "env": env, "cwd": str(cwd)}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(4)]
-        for file, content in zip(files, (json.dumps(request), input)):
-            file.write(content)
-            file.seek(0)
-        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-        connection.connect(f"{os.environ[VARIABLE]}/{kind}")
-        socket.send_fds(connection, [b"."], [file.fileno() for file in files])
-        connection.settimeout(timeout)
-        try:
-            answer = connection.recv(100)  # closed before that, the server kills the process
-        except TimeoutError:
-            raise subprocess.TimeoutExpired(command, timeout) from None
-        except ConnectionResetError:
-            answer = b""
-        if not answer:
-            errors = (Path(os.environ[VARIABLE]) / "errors").read_text()
-            raise RuntimeError(f"the fork server for {kind} has died: {errors}")
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        files[0].write(input)
+        files[0].seek(0)
+        fork = stack.enter_context(Fork(kind, command, program, env, cwd, files))
+        code = fork.wait(timeout)  # left before that, the server kills the process
         for file in files:
             file.seek(0)
-        return subprocess.CompletedProcess(command, int(answer), files[2].read(), files[3].read())
+        return subprocess.CompletedProcess(command, code, files[1].read(), files[2].read())
+
+
+class Fork:
+    """A command that runs as a fork; like a ``subprocess.Popen``, as far as ``torchrun`` uses it.
+
+    Args:
+        kind: of server.
+        command, program, env, cwd: see :func:`run_program`.
+        files: its standard input, output and error.
+        new_session: whether it leads a session, and so a group of processes.
+    """
+
+    def __init__(self, kind, command, program, env, cwd, files, new_session=False):
+        request = {"program": program, "command": command, "env": env, "cwd": str(cwd)}
+        self._kind, self._command, self._answer = kind, command, b""
+        with tempfile.TemporaryFile("w+") as file:
+            file.write(json.dumps(request | {"new_session": new_session}))
+            file.seek(0)
+            self._connection = socket.socket(socket.AF_UNIX)
+            self._connection.connect(f"{os.environ[VARIABLE]}/{kind}")
+            numbers = [each if isinstance(each, int) else each.fileno() for each in (file, *files)]
+            socket.send_fds(self._connection, [b"."], numbers)
+        self.pid = int(self._connection.recv(PID))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._connection.close()
+
+    def wait(self, timeout=None):
+        """The exit code, as in ``subprocess``."""
+        self._connection.settimeout(timeout)
+        try:
+            while received := self._connection.recv(100):
+                self._answer += received
+        except (TimeoutError, BlockingIOError):
+            raise subprocess.TimeoutExpired(self._command, timeout) from None
+        except ConnectionResetError:
+            pass
+        if not self._answer:
+            errors = (Path(os.environ[VARIABLE]) / "errors").read_text()
+            raise RuntimeError(f"the fork server for {self._kind} has died: {errors}")
+        return int(self._answer)
+
+    def poll(self):
+        try:
+            return self.wait(timeout=0)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def start_rank(args, env, stdout, stderr, start_new_session):
+    """``subprocess.Popen`` for ``torchrun``."""
+    command = list(args)
+    kind, program = _which(command)
+    if kind is None:
+        return subprocess.Popen(
+            command, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session
+        )
+    files = 0, stdout or 1, stderr or 2
+    return Fork(kind, command, program, env, os.getcwd(), files, start_new_session)
 
 
 def _which(command):
@@ -144,6 +196,8 @@ def _which(command):
     if name in SCRIPTS:
         return SCRIPTS[name], [str(COMMANDS / name), *more]
     if name in ("python", str(COMMANDS / "python"), sys.executable):
+        if more[:1] == ["-u"]:  # of the ranks
+            more = more[1:]
         if more[:2] == ["-m", "fairseq_smoe"]:
             return TORCH, more
         if more[:1] == [str(EXACT_LOGS)]:
@@ -242,6 +296,7 @@ def serve(listener):
                     return read_request(*files)
                 for file in files:
                     os.close(file)
+                connection.sendall(b"%*d" % (PID, pid))
                 running[connection] = pid, os.pidfd_open(pid)
                 selector.register(connection, selectors.EVENT_READ)
                 selector.register(running[connection][1], selectors.EVENT_READ, connection)
@@ -271,13 +326,16 @@ def read_request(request, *standard_files):
 # the forks
 
 
-def run_program(program, command, env, cwd):
+def run_program(program, command, env, cwd, new_session):
     """Make of a fork what Python makes of a new process, and run its program.
 
     Args:
         program: as in :func:`run_fork`.
         command: the words that a user types for it.
+        new_session: see :class:`Fork`.
     """
+    if new_session:
+        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
@@ -288,6 +346,8 @@ def run_program(program, command, env, cwd):
     sys.modules["torch"].default_generator.seed()
     sys.orig_argv = command
     sys.modules["__main__"] = module = ModuleType("__main__")
+    handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+    sys.modules[handler].Popen = start_rank
     try:
         if program[0] == "-m":
             sys.path[0] = cwd

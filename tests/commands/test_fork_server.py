@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,41 @@ def test_what_takes_too_long_is_ended(tmp_path, kind):
         while time.monotonic() < deadline:
             os.kill(int((tmp_path / "pid").read_text()), 0)
             time.sleep(0.01)
+
+
+def test_a_fork_in_a_session_of_its_own(tmp_path, kind):
+    """Is asked and ended as torchrun does with its ranks."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, time; print(os.getsid(0) == os.getpid(), flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, str(script)]
+    with open(tmp_path / "output", "w+") as output, open(os.devnull) as nothing:
+        settings = (command, command[1:], toy_task.environment(), tmp_path)
+        with fork_server.Fork(kind, *settings, (nothing, output, output), True) as fork:
+            while not (tmp_path / "output").read_text():
+                assert fork.poll() is None
+                time.sleep(0.01)
+            os.killpg(fork.pid, signal.SIGTERM)
+            assert fork.wait(timeout=10) == fork.poll() == -signal.SIGTERM
+    assert (tmp_path / "output").read_text() == "True\n"
+
+
+def test_ranks_of_torchrun_are_forks(tmp_path):
+    if fork_server.VARIABLE not in os.environ:
+        pytest.skip("--own-processes")
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin" / "__init__.py").write_text(
+        "import os; print('rank', os.environ['RANK'], open('/proc/self/cmdline').read())"
+    )
+    outcome = toy_task.run(
+        *("torchrun", "--standalone", "--nproc_per_node", 2, "--no-python"),
+        *("fairseq-train", tmp_path, "--user-dir", tmp_path / "plugin", "--arch", "none"),
+        check=False,
+    )
+    ranks = re.findall(r"^rank (\d) .*fork_server.py", outcome.stdout, re.MULTILINE)
+    assert sorted(ranks) == ["0", "1"] and outcome.returncode == 1, outcome.tail()
+    assert re.search(r"exitcode +: 2 ", outcome.stderr), outcome.tail()
 
 
 def test_processes_that_a_fork_starts_find_its_program(both):
