@@ -188,7 +188,7 @@ def test_translations_do_not_depend_on_the_batch(name, converted, data):
 @pytest.mark.parametrize("name", ["dense", "vanilla"])
 def test_trains_on_and_translates(name, converted, data, tmp_path):
     """20 updates from the converted model; the routers stay as they are."""
-    words = ["--moefy-dense", "--moefy-experts", P, "--moefy-k", "50%"]
+    words = ["--moefy-dense", "--moefy-experts", P, "--moefy-k", "75%"]
     if name == "vanilla":
         words += ["--moe-experts", "moefied"]
     outcome = train(

@@ -83,6 +83,7 @@ def launch(hosts, data, folder, port):
     ]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_and_end_when_the_cable_is_cut(hosts, data, tmp_path):
     sides = launch(hosts, data, tmp_path, 29511)
     sides[0].wait_for_update(STEP + 2)
