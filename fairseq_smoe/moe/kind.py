@@ -47,7 +47,8 @@ class KindOptions:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in get_annotations(type(self)) and value != f.default:
-                raise OptionError(f"--{f.name.replace('_', '-')} {value}: needs {needed}")
+                given = "" if value is True else f" {value}"
+                raise OptionError(f"--{f.name.replace('_', '-')}{given}: needs {needed}")
 
     @classmethod
     def of(cls, options):

@@ -25,8 +25,8 @@ class CapacityMeter:
     def _hook(self, sums):
         def count(layer, *_):
             passes = layer.routing_stats.passes
-            sums[0] += passes.sum()
-            sums[1] += passes.gt(0).sum()
+            # not in place: one call may be in inference mode and the next one not
+            sums[:] = sums[0] + passes.sum(), sums[1] + passes.gt(0).sum()
 
         return count
 

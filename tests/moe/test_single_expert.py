@@ -12,8 +12,6 @@ from test_doors import model_options
 from fairseq_smoe.moe import doors
 from fairseq_smoe.moe.single_expert import STRONG, SingleExpert, scrambled, viewed
 
-pytestmark = pytest.mark.slow
-
 D, F = 8, 8
 EXACT = {"rtol": 0, "atol": 1e-12}  # products of another number of rows may be rounded otherwise
 STRATA = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)

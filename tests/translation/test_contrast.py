@@ -3,6 +3,7 @@ invariants, and what else generators can do."""
 
 from argparse import Namespace
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,6 @@ from fairseq_smoe.moe.single_expert import SingleExpert, scrambled, viewed
 from fairseq_smoe.translation.contrast import PENALTY, ContrastModel
 from fairseq_smoe.translation.contrast_options import ContrastOptions
 from fairseq_smoe.translation.layers import expert_layers
-
-pytestmark = pytest.mark.slow
 
 WORDS, SENTENCES = 300, 4
 SYSTEMS = [name for name in toy_task.MODELS if name != "dense"]
@@ -98,12 +97,14 @@ def words(found):
     return [[hypothesis["tokens"].tolist() for hypothesis in hypotheses] for hypotheses in found]
 
 
-def assert_same(found, expected, atol=1e-6):
+def assert_same(found, expected, atol=1e-5):
+    """Scores are sums of logarithms, of up to some ten each, in float32."""
+    rtol = 1e-6 if atol else 0
     assert words(found) == words(expected)
     for hypotheses, others in zip(found, expected):
         for one, other in zip(hypotheses, others):
             for name in ("score", "positional_scores"):
-                torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol)
+                torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=atol)
 
 
 # --------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ def assert_scored_by_the_equations(loaded, options, found, max_len=7, **more):
     equations, others come behind. Returns how many there are of both."""
     _, _, batch = loaded
     inside = outside = 0
+    exact = 3e-5 * (1 + 2 * options.scmoe_beta)  # rounding is multiplied as logarithms are
     for source, hypotheses in zip(batch["net_input"]["src_tokens"], found):
         for hypothesis in (hypotheses[0], hypotheses[-1]):
             tokens, scores = hypothesis["tokens"], hypothesis["positional_scores"]
@@ -178,7 +180,7 @@ def assert_scored_by_the_equations(loaded, options, found, max_len=7, **more):
             # a token that has lost the penalty
             good = is_in & (is_in.logical_not().cumsum(0) == 0)
             torch.testing.assert_close(
-                scores[steps][good].double(), expected[good], atol=3e-5, rtol=0
+                scores[steps][good].double(), expected[good], atol=exact, rtol=0
             )
             torch.testing.assert_close(
                 scores[steps][is_in].double(), expected[is_in], atol=2e-3, rtol=0
@@ -215,7 +217,9 @@ def test_every_system(system, weak, random_model):
     found = translate(loaded, beam=2, **vars(options))
     inside, _ = assert_scored_by_the_equations(loaded, options, found)
     assert inside > 20
-    assert words(found) != words(translate(loaded, beam=2))
+    plain = translate(loaded, beam=2)
+    best, plain_best = ([h[0]["score"].item() for h in each] for each in (found, plain))
+    assert max(abs(one - other) for one, other in zip(best, plain_best)) > 1e-2
 
 
 def test_layers_before_the_first_experts_are_computed_once(random_model):
@@ -223,12 +227,13 @@ def test_layers_before_the_first_experts_are_computed_once(random_model):
     loaded = random_model("--smoe-strata", "2-2")
     task, model, batch = loaded
     rows = {}
+
+    def count(name, _, inputs):
+        rows.setdefault(name, inputs[0].shape[1])
+
     layers = {"encoder": model.encoder.layers[0], **dict(enumerate(model.decoder.layers))}
     hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, inputs, n=name: rows.setdefault(n, inputs[0].shape[1])
-        )
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(count, name)) for name, layer in layers.items()
     ]
     translate(loaded, beam=4, scmoe_beta=0.5)
     assert rows == {"encoder": 4, 0: 16, 1: 16, 2: 32}
@@ -298,7 +303,7 @@ def test_greedy_with_beta_0_is_plain_whatever_the_mask(smoe, learned):
 
 @pytest.mark.parametrize("weak_encoder", [False, True])
 def test_alpha_1_is_greedy_for_any_beta(weak_encoder, smoe, learned):
-    """Log-probabilities are 0, as each step has one token."""
+    """Log-probabilities are 0, as each step behind the forced language token has one token."""
     for loaded in (smoe, learned):
         plain = words(translate(loaded, beam=1))
         for beta in (0.0, 0.5, 5.0, 100.0):
@@ -306,7 +311,7 @@ def test_alpha_1_is_greedy_for_any_beta(weak_encoder, smoe, learned):
             found = translate(loaded, beam=1, **options)
             assert words(found) == plain
             for (hypothesis,) in found:
-                assert (hypothesis["positional_scores"][:-1] == 0).all()
+                assert (hypothesis["positional_scores"][1:-1] == 0).all()
 
 
 def test_identical_views_do_not_depend_on_beta(random_model):
@@ -564,7 +569,7 @@ def test_requested_capacity_is_that_of_the_strong_view(learned):
         ({"scmoe_alpha": 0.2}, "--scmoe-alpha 0.2: needs --scmoe-beta"),
         ({"scmoe_weak": "random"}, "--scmoe-weak random: needs --scmoe-beta"),
         ({"scmoe_weak_encoder": True}, "--scmoe-weak-encoder: needs --scmoe-beta"),
-        ({"scmoe_beta": 0.5, "score_reference": True}, "--score-reference: scores words"),
+        ({"scmoe_beta": 0.5, "score_reference": True}, "0.5 with --score-reference"),
     ],
     ids=str,
 )
