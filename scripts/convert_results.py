@@ -5,8 +5,8 @@
     python scripts/convert_results.py --only-tables                          from the CSV files
 
 Trains a dense and a vanilla model (results/convert/convert-m4.json), converts them, translates
-held-out text with every model that comes out of it, and writes one CSV file and one table for every
-part into results/convert/. The command can be stopped and run again: what is done is skipped, also if
+held-out text with every model that comes out of it, and writes one CSV file for every part into
+results/convert/, with curves.csv for the validation losses of all trainings. The command can be stopped and run again: what is done is skipped, also if
 the run folders are gone and only the lines of the CSV files are left.
 """
 
@@ -31,6 +31,7 @@ COLUMNS = (
     *("variant", "source", "convert", "train", "evaluate", "updates", "parameters", "megabytes"),
     *("loss", *METRICS, "difference", "p", "seconds"),
 )
+ROWS = ("dense", "vanilla-moe")  # of the benchmark
 NUMBERS = {"bleu": 2, "chrf++": 1, "difference": 2, "megabytes": 1}
 
 
@@ -74,7 +75,7 @@ class Report:
 
     def train_rows(self):
         """Train the models that everything starts from."""
-        for row in ("dense", "vanilla-moe"):
+        for row in ROWS:
             if not self._is_trained(row):
                 run("train", BENCHMARK, row, "--data", self.data, "--run", self.runs / row, "--cpu",
                     "--max-tokens", "2000")  # fmt: skip
@@ -183,6 +184,30 @@ class Report:
         losses = read_log(log).get("valid") if variant.train else None
         return losses[max(losses)]["valid_nll_loss"] if losses else ""
 
+    def write_curves(self):
+        """Validation losses of the rows and of all variants that are trained on, in bits a token,
+        against the updates of each training. Lines of run folders that are gone are kept."""
+        path = RESULTS / "curves.csv"
+        curves = {}
+        if path.exists():
+            with open(path, newline="") as file:
+                for line in csv.DictReader(file):
+                    curves.setdefault(line["training"], []).append(line)
+        folders = {row: self.runs / row for row in ROWS}
+        folders |= {v.name: self.folder(v) for v in self.variants if v.train}
+        for name, folder in folders.items():
+            if (folder / "train.log").exists():
+                losses = read_log(folder / "train.log").get("valid", {})
+                curves[name] = [
+                    {"training": name, "updates": updates, "loss": record["valid_nll_loss"]}
+                    for updates, record in losses.items()
+                ]
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("training", "updates", "loss"), lineterminator="\n")
+            writer.writeheader()
+            for lines in curves.values():
+                writer.writerows(lines)
+
     def _tested(self, variant):
         """Difference to the baseline in mean BLEU, and the p value of the paired bootstrap."""
         if not variant.baseline:
@@ -269,6 +294,7 @@ def main():
         report.train_rows()
         for part in args.part or parts:
             report.measure(part)
+        report.write_curves()
     for part in parts:
         if read_lines(part):
             print(f"\n{part}\n\n{table(part)}")
