@@ -43,7 +43,7 @@ class Variant:
         part: of the report.
         name: of the variant, and of its run folder.
         source: row of the benchmark that it is made from, or another variant of the part, which
-            stands before it; empty for a vanilla model from the start.
+            stands before it.
         convert: words behind ``convert``: the kind, and its options.
         train: options of fairseq-train to train the result on with, in addition to those of the
             benchmark; empty for not at all.
@@ -73,10 +73,11 @@ class Report:
         self.data, self.runs, self.directions = data, runs, directions
         self.variants = [Variant(**entry) for entry in json.loads(VARIANTS.read_text())]
 
-    def train_rows(self):
-        """Train the models that everything starts from."""
+    def train_rows(self, parts):
+        """Train the models that some parts start from."""
+        sources = {v.source for v in self.variants if v.part in parts}
         for row in ROWS:
-            if not self._is_trained(row):
+            if row in sources and not self._is_trained(row):
                 run("train", BENCHMARK, row, "--data", self.data, "--run", self.runs / row, "--cpu",
                     "--max-tokens", "2000")  # fmt: skip
 
@@ -142,8 +143,6 @@ class Report:
         """The row of the benchmark that a variant goes back to, and the options that make its model
         of that, with the checkpoint to begin with."""
         folder = self.folder(variant)
-        if not variant.source:
-            return "vanilla-moe", []
         if variant.convert:
             report = json.loads((folder / "converted.report.json").read_text())
             row, _ = self._model(replace(variant, convert=""))
@@ -291,7 +290,7 @@ def main():
     if not args.only_tables:
         if args.data is None or args.runs is None:
             parser.error("give --data and --runs, or --only-tables")
-        report.train_rows()
+        report.train_rows(args.part or parts)
         for part in args.part or parts:
             report.measure(part)
         report.write_curves()
