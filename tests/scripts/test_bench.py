@@ -35,3 +35,25 @@ def test_block(tmp_path):
     assert [r["experts"] for r in report["experts"]] == [8]
     assert (tmp_path / "efficiency.png").stat().st_size > 5000
     assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+def test_small_experts(tmp_path):
+    words = ("--embed-dim", 32, "--ffn-dim", 64, "--layers", 1, "--experts", 8, "--kept", 2, 8)
+    words += ("--tokens", 3, 40, "--sentences", 2, "--vocab", 50, "--length", 5, "--rounds", 3)
+    outcome = toy_task.run("python", SCRIPTS / "bench_moefy.py", *words, "--to", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["kept"], r["tokens"]) for r in report["ffns"]] == [(2, 3), (2, 40), (8, 3), (8, 40)]
+    assert [(r["kept"], r["sentences"]) for r in report["beam_search"]] == [(2, 2), (8, 2)]
+    assert all(0 < r["speed"] < 20 for r in report["ffns"] + report["beam_search"])
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+def test_contrast(trained, data, tmp_path):
+    words = ("--direction", "en-aa", "--subset", "test", "--sentences", 20, "--rounds", 3)
+    command = ("python", SCRIPTS / "bench_contrast.py", trained("smoe"), data, *words)
+    outcome = toy_task.run(*command, "--cpu", "--to", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [r["beam"] for r in report["results"]] == [1, 5]
+    for r in report["results"]:
+        assert 0.3 < r["time"] < 5 and 0.9 < r["tokens"] < 1.1
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
