@@ -50,8 +50,8 @@ def main():
         "decoding (quartiles) | tokens relative to plain decoding |\n|---|---:|---:|"
     ]
     for r in results:
-        low, high = r["quartiles"]
-        lines.append(f"| beam {r['beam']} | {r['time']:.2f} ({low:.2f}-{high:.2f}) | {r['tokens']:.2f} |")
+        spread = "-".join(f"{value:.2f}" for value in r["quartiles"])
+        lines.append(f"| beam {r['beam']} | {r['time']:.2f} ({spread}) | {r['tokens']:.2f} |")
     publish("\n".join(lines), args, {"results": results}, None)
 
 
