@@ -91,12 +91,14 @@ def run_by_run(rows_ND, choice_NK, experts):
     fc1 = experts.fc1_weight_PWD.transpose(1, 2).unbind(0)
     fc2 = experts.fc2_weight_PWD.unbind(0)
     out_ND = rows_ND.new_zeros(len(rows_ND), dim)
+    # one for all copies: the pages of memory that is taken and freed each time come anew
+    memory = rows_ND.new_empty(ROWS_AT_ONCE + LONGEST_RUN, dim)
     start = 0
     for pieces in _pieces(chosen_PN.sum(1).tolist()):
         sizes = [size for _, size in pieces]
         stop = start + sum(sizes)
         rows, hidden = row_C[start:stop], hidden_CW[start:stop]
-        copied = rows_ND.index_select(0, rows)
+        copied = torch.index_select(rows_ND, 0, rows, out=memory[: len(rows)])
         for (e, _), x, h in zip(pieces, copied.split(sizes), hidden.split(sizes)):
             h.addmm_(x, fc1[e])
         hidden.relu_()
