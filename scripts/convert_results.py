@@ -31,6 +31,7 @@ COLUMNS = (
     *("variant", "source", "convert", "train", "evaluate", "updates", "parameters", "megabytes"),
     *("loss", *METRICS, "difference", "p", "seconds"),
 )
+MEAN = "mean of all"  # of a table of directions
 ROWS = ("dense", "vanilla-moe")  # of the benchmark
 NUMBERS = {"bleu": 2, "chrf++": 1, "difference": 2, "megabytes": 1}
 
@@ -215,10 +216,10 @@ class Report:
         table = self.folder(variant) / "tested"
         run(
             *("tabulate", baseline, self.folder(variant), "--subset", SUBSET, "--metric", "bleu"),
-            *("--baseline", baseline, "--to", table, "--format", "csv"),
+            *("--baseline", baseline.name, "--to", table, "--format", "csv"),
         )
         with open(table / "table.csv", newline="") as file:
-            first, second = (line for line in csv.DictReader(file) if line["column"] == "avg")
+            first, second = (line for line in csv.DictReader(file) if line["column"] == MEAN)
         return {
             "difference": float(second["ours"]) - float(first["ours"]),
             "p": second["p_value"],
