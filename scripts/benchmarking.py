@@ -206,7 +206,8 @@ def publish(table, args, numbers, draw_to):
         return
     args.to.mkdir(parents=True, exist_ok=True)
     (args.to / "table.md").write_text(table + "\n")
-    settings = {k: v for k, v in vars(args).items() if k not in ("to", "memory_of", "dtype")}
+    hidden = ("to", "memory_of", "dtype", "checkpoint", "data")  # paths and the like
+    settings = {name: value for name, value in vars(args).items() if name not in hidden}
     facts = {**machine(), "settings": settings, **numbers}
     (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     if draw_to is not None:
