@@ -6,8 +6,9 @@
 
 Trains a dense and a vanilla model (results/convert/convert-m4.json), converts them, translates
 held-out text with every model that comes out of it, and writes one CSV file for every part into
-results/convert/, with curves.csv for the validation losses of all trainings. The command can be stopped and run again: what is done is skipped, also if
-the run folders are gone and only the lines of the CSV files are left.
+results/convert/, with curves.csv for the validation losses of all trainings. The command can be
+stopped and run again: what is done is skipped, also if the run folders are gone and only the lines of
+the CSV files are left.
 """
 
 import argparse
@@ -28,12 +29,12 @@ VARIANTS = RESULTS / "variants.json"
 SUBSET = "test1"  # held-out text of the training sources; test is Flores
 METRICS = ("bleu", "chrf++")
 COLUMNS = (
-    *("variant", "source", "convert", "train", "evaluate", "updates", "parameters", "megabytes"),
-    *("loss", *METRICS, "difference", "p", "seconds"),
+    *("variant", "source", "convert", "train", "evaluate", "updates", "parameters"),
+    *("loss", *METRICS, "difference", "p"),
 )
 MEAN = "mean of all"  # of a table of directions
 ROWS = ("dense", "vanilla-moe")  # of the benchmark
-NUMBERS = {"bleu": 2, "chrf++": 1, "difference": 2, "megabytes": 1}
+NUMBERS = {"bleu": 2, "chrf++": 1, "difference": 2}
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,6 @@ class Report:
         found = {m: mean(d[m] for d in directions) for m in METRICS}
         facts = json.loads(run("checkpoint", "inspect", "--json", checkpoint, output=True))
         (facts,) = facts.values()
-        seconds = [json.loads(path.read_text())["seconds"] for path in folder.glob("*-*.json")]
         found |= self._tested(variant)
         found["loss"] = self._loss(variant)
         found |= {
@@ -173,8 +173,6 @@ class Report:
             "evaluate": " ".join(variant.evaluate),
             "updates": facts["updates"],
             "parameters": facts["parameters"],
-            "megabytes": checkpoint.stat().st_size / 1e6,
-            "seconds": round(sum(seconds), 1),
         }
         return {name: rounded(name, found.get(name, "")) for name in COLUMNS}
 
