@@ -8,7 +8,9 @@ import toy_task
 SCRIPTS = toy_task.REPOSITORY / "scripts"
 
 
-@pytest.mark.parametrize("script", ["bench_train", "bench_generate"])
+@pytest.mark.parametrize(
+    "script", ["bench_train", pytest.param("bench_generate", marks=pytest.mark.slow)]
+)
 def test_rows_against_dense(script, tmp_path):
     words = ("--scale", "tiny", "--rows", "smoe-2-2-2-2", "dense", "--tokens", 200, "--rounds", 3)
     outcome = toy_task.run("python", SCRIPTS / f"{script}.py", *words, "--to", tmp_path, "--cpu")
@@ -21,6 +23,7 @@ def test_rows_against_dense(script, tmp_path):
     assert (tmp_path / "table.md").read_text() in outcome.stdout
 
 
+@pytest.mark.slow
 def test_block(tmp_path):
     words = ("--strata", 4, "2-2", "--tokens", 128, "--embed-dim", 32, "--ffn-dim", 64)
     words += ("--experts", 2, 8, "--experts-tokens", 64, "--rounds", 3, "--cpu", "--to", tmp_path)

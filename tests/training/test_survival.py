@@ -212,6 +212,7 @@ def kill_again_and_again(data, folder, unbroken, points):
         assert_goes_on(data, folder, unbroken, saved)
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment(data, tmp_path, unbroken):
     kill_again_and_again(data, tmp_path / "run", unbroken, points=2)
 
@@ -274,6 +275,7 @@ def test_memory_that_runs_out_in_one_process_ends_all(in_training, option, data,
 # no space, damaged files
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_previous_checkpoint(data, tmp_path):
     """The training goes on, says so, and ends with an error if its last checkpoint is not there."""
     script = tmp_path / "script.sh"
