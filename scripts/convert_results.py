@@ -243,6 +243,11 @@ def rounded(name, value):
     return round(value, NUMBERS[name]) if name in NUMBERS and value != "" else value
 
 
+def shown(name, value):
+    """With as many digits in every line."""
+    return f"{float(value):.{NUMBERS[name]}f}" if name in NUMBERS and value else value
+
+
 def csv_file(part):
     return RESULTS / f"{part}.csv"
 
@@ -267,7 +272,7 @@ def table(part):
     hidden = {"source", "convert", "train", "evaluate"}
     names = [c for c in COLUMNS if c not in hidden and any(line[c] for line in lines)]
     rows = [names, ["---", *["---:"] * (len(names) - 1)]]
-    rows += [[line[name] for name in names] for line in lines]
+    rows += [[shown(name, line[name]) for name in names] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
