@@ -14,6 +14,7 @@ import toy_task
 from omegaconf import OmegaConf
 from toy_task import generate, interactive, run, train
 
+import fairseq_smoe
 from fairseq_smoe.__main__ import main
 from fairseq_smoe.checkpoints import transform
 from fairseq_smoe.checkpoints.description import describe
@@ -68,6 +69,7 @@ def losses(data, path, **options):
     """Loss of each target token of the first test sentences."""
     from fairseq import checkpoint_utils
 
+    fairseq_smoe.register()
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(path)],
         arg_overrides={"data": str(data), "source_lang": "en", "target_lang": "aa", **options},
