@@ -60,7 +60,6 @@ SCRIPTS = {
 COMMANDS = Path(sys.executable).parent
 EXACT_LOGS = Path(__file__).with_name("exact_logs.py")
 INTERRUPTED = Path(__file__).with_name("interrupted.py")
-PID = 10  # bytes in which a process id is sent
 VARIABLE = "FORK_SERVER"  # its folder, in the environment of the tests
 # read when they are used, or set by sklearn, and by torch as it counts FLOPs
 OTHERS = ("PYTEST_", "_PYTEST_", VARIABLE, "COLUMNS", "LINES", "KMP_", "TORCHINDUCTOR_")
@@ -148,7 +147,6 @@ class Fork:
             self._connection.connect(f"{os.environ[VARIABLE]}/{kind}")
             numbers = [each if isinstance(each, int) else each.fileno() for each in (file, *files)]
             socket.send_fds(self._connection, [b"."], numbers)
-        self.pid = int(self._connection.recv(PID))
 
     def __enter__(self):
         return self
@@ -156,26 +154,35 @@ class Fork:
     def __exit__(self, *_):
         self._connection.close()
 
+    @property
+    def pid(self):
+        return self._line(0, timeout=None)
+
     def wait(self, timeout=None):
         """The exit code, as in ``subprocess``."""
-        self._connection.settimeout(timeout)
-        try:
-            while received := self._connection.recv(100):
-                self._answer += received
-        except (TimeoutError, BlockingIOError):
-            raise subprocess.TimeoutExpired(self._command, timeout) from None
-        except ConnectionResetError:
-            pass
-        if not self._answer:
-            errors = (Path(os.environ[VARIABLE]) / "errors").read_text()
-            raise RuntimeError(f"the fork server for {self._kind} has died: {errors}")
-        return int(self._answer)
+        return self._line(1, timeout)
 
     def poll(self):
         try:
             return self.wait(timeout=0)
         except subprocess.TimeoutExpired:
             return None
+
+    def _line(self, number, timeout):
+        """A line of the server's answer: the process id, or the exit code."""
+        self._connection.settimeout(timeout)
+        while self._answer.count(b"\n") <= number:
+            try:
+                received = self._connection.recv(100)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self._command, timeout) from None
+            except ConnectionResetError:
+                received = b""
+            if not received:
+                errors = (Path(os.environ[VARIABLE]) / "errors").read_text()
+                raise RuntimeError(f"the fork server for {self._kind} has died: {errors}")
+            self._answer += received
+        return int(self._answer.splitlines()[number])
 
 
 def start_rank(args, env, stdout, stderr, start_new_session):
@@ -296,7 +303,7 @@ def serve(listener):
                     return read_request(*files)
                 for file in files:
                     os.close(file)
-                connection.sendall(b"%*d" % (PID, pid))
+                connection.sendall(b"%d\n" % pid)
                 running[connection] = pid, os.pidfd_open(pid)
                 selector.register(connection, selectors.EVENT_READ)
                 selector.register(running[connection][1], selectors.EVENT_READ, connection)
@@ -306,7 +313,7 @@ def serve(listener):
                 end()
             elif key.data in running:  # it has ended
                 with contextlib.suppress(OSError):
-                    key.data.sendall(str(forget(key.data)).encode())
+                    key.data.sendall(b"%d\n" % forget(key.data))
                 key.data.close()
             elif key.fileobj in running:  # nobody waits for it
                 os.kill(running[key.fileobj][0], signal.SIGKILL)
