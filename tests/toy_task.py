@@ -322,8 +322,9 @@ def set_up(data, *more, **options):
     return cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion)
 
 
-def load(data, checkpoint, direction="en-aa"):
-    """What ``fairseq-generate`` loads: ``(task, model)``, the task with its test set."""
+def load(data, checkpoint, direction="en-aa", **options):
+    """What ``fairseq-generate`` loads: ``(task, model)``, the task with its test set. ``options``
+    replace those of the training."""
     from fairseq import checkpoint_utils
 
     import fairseq_smoe
@@ -332,7 +333,10 @@ def load(data, checkpoint, direction="en-aa"):
     source, target = direction.split("-")
     (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)],
-        arg_overrides={"data": str(data), "source_lang": source, "target_lang": target},
+        arg_overrides={
+            **{"data": str(data), "source_lang": source, "target_lang": target},
+            **options,
+        },
     )
     task.load_dataset("test", task_cfg=cfg.task)
     return task, model.eval()

@@ -11,10 +11,10 @@ import threading
 import pytest
 import torch
 import toy_task
+from converting import predictions
 from omegaconf import OmegaConf
 from toy_task import generate, interactive, run, train
 
-import fairseq_smoe
 from fairseq_smoe.__main__ import main
 from fairseq_smoe.checkpoints import transform
 from fairseq_smoe.checkpoints.description import describe
@@ -66,22 +66,10 @@ def converted(make_once, trained):
 
 
 def losses(data, path, **options):
-    """Loss of each target token of the first test sentences."""
-    from fairseq import checkpoint_utils
+    """Loss of each target token of the test set."""
+    logits, targets = predictions(*toy_task.load(data, path, **options))
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    fairseq_smoe.register()
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(path)],
-        arg_overrides={"data": str(data), "source_lang": "en", "target_lang": "aa", **options},
-    )
-    task.load_dataset("test")
-    dataset = task.dataset("test")
-    sample = dataset.collater([dataset[i] for i in range(30)])
-    with torch.no_grad():
-        out = model.eval()(**sample["net_input"])
-        logs = model.get_normalized_probs(out, log_probs=True)
-    real = sample["target"] != task.target_dictionary.pad()
-    return -logs.gather(2, sample["target"].unsqueeze(2)).squeeze(2)[real]
 
 
 # --------------------------------------------------------------------------------------

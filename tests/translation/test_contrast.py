@@ -569,7 +569,10 @@ def test_requested_capacity_is_that_of_the_strong_view(learned):
         ({"scmoe_alpha": 0.2}, "--scmoe-alpha 0.2: needs --scmoe-beta"),
         ({"scmoe_weak": "random"}, "--scmoe-weak random: needs --scmoe-beta"),
         ({"scmoe_weak_encoder": True}, "--scmoe-weak-encoder: needs --scmoe-beta"),
-        ({"scmoe_beta": 0.5, "score_reference": True}, "0.5 with --score-reference"),
+        (
+            {"scmoe_beta": 0.5, "score_reference": True},
+            "--scmoe-beta 0.5 with --score-reference: is for translating",
+        ),
     ],
     ids=str,
 )
