@@ -178,33 +178,25 @@ class Report:
 
     def _loss(self, variant):
         """Validation loss at the end of a training, in bits a token."""
-        log = self.folder(variant) / "train.log"
-        losses = read_log(log).get("valid") if variant.train else None
-        return losses[max(losses)]["valid_nll_loss"] if losses else ""
+        losses = valid_losses(self.folder(variant)) if variant.train else None
+        return losses[max(losses)] if losses else ""
 
     def write_curves(self):
         """Validation losses of the rows and of all variants that are trained on, in bits a token,
         against the updates of each training. Lines of run folders that are gone are kept."""
-        path = RESULTS / "curves.csv"
         curves = {}
-        if path.exists():
-            with open(path, newline="") as file:
-                for line in csv.DictReader(file):
-                    curves.setdefault(line["training"], []).append(line)
+        for line in read_lines("curves"):
+            curves.setdefault(line["training"], []).append(line)
         folders = {row: self.runs / row for row in ROWS}
         folders |= {v.name: self.folder(v) for v in self.variants if v.train}
         for name, folder in folders.items():
             if (folder / "train.log").exists():
-                losses = read_log(folder / "train.log").get("valid", {})
                 curves[name] = [
-                    {"training": name, "updates": updates, "loss": record["valid_nll_loss"]}
-                    for updates, record in losses.items()
+                    {"training": name, "updates": updates, "loss": loss}
+                    for updates, loss in valid_losses(folder).items()
                 ]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, ("training", "updates", "loss"), lineterminator="\n")
-            writer.writeheader()
-            for lines in curves.values():
-                writer.writerows(lines)
+        lines = [line for curve in curves.values() for line in curve]
+        write_lines("curves", lines, ("training", "updates", "loss"))
 
     def _tested(self, variant):
         """Difference to the baseline in mean BLEU, and the p value of the paired bootstrap."""
@@ -234,34 +226,35 @@ def run(*words, output=False):
     return done.stdout if output else None
 
 
+def valid_losses(folder):
+    """``{updates: validation loss in bits a token}`` of a training."""
+    records = read_log(folder / "train.log").get("valid", {})
+    return {updates: record["valid_nll_loss"] for updates, record in records.items()}
+
+
 def mean(numbers):
     numbers = [n["score"] if isinstance(n, dict) else n for n in numbers]
     return sum(numbers) / len(numbers)
 
 
 def rounded(name, value):
-    return round(value, NUMBERS[name]) if name in NUMBERS and value != "" else value
+    return f"{value:.{NUMBERS[name]}f}" if name in NUMBERS and value != "" else value
 
 
-def shown(name, value):
-    """With as many digits in every line."""
-    return f"{float(value):.{NUMBERS[name]}f}" if name in NUMBERS and value else value
+def csv_file(name):
+    return RESULTS / f"{name}.csv"
 
 
-def csv_file(part):
-    return RESULTS / f"{part}.csv"
-
-
-def read_lines(part):
-    if not csv_file(part).exists():
+def read_lines(name):
+    if not csv_file(name).exists():
         return []
-    with open(csv_file(part), newline="") as file:
+    with open(csv_file(name), newline="") as file:
         return list(csv.DictReader(file))
 
 
-def write_lines(part, lines):
-    with open(csv_file(part), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+def write_lines(name, lines, columns=COLUMNS):
+    with open(csv_file(name), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
 
@@ -272,7 +265,7 @@ def table(part):
     hidden = {"source", "convert", "train", "evaluate"}
     names = [c for c in COLUMNS if c not in hidden and any(line[c] for line in lines)]
     rows = [names, ["---", *["---:"] * (len(names) - 1)]]
-    rows += [[shown(name, line[name]) for name in names] for line in lines]
+    rows += [[line[name] for name in names] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
