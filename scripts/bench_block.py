@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmarking import add_common_options, in_turns, publish, quartiles
+from benchmarking import add_common_options, in_turns, publish, quartiles, told
 from block_contestants import DenseFFN, ExpertProducts, FairscaleFFN, OneHotBlock, kept_choices
 from block_systems import SYSTEMS, measure_systems
 from block_systems import as_markdown as systems_as_markdown
@@ -160,21 +160,20 @@ def as_markdown(results, experts, args):
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     ]
     for r in results:
-        low, high = r["efficiency_quartiles"]
+        efficiency = told(r["efficiency"], *r["efficiency_quartiles"])
         fairscale = f"{r['fairscale']:.1f}x" if r["fairscale"] else ""
         products = f"{r['products']:.2f}" if r["products"] else ""
         ours, theirs = r["block_peak_mib"], r["one-hot_peak_mib"]
         lines.append(
             f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
-            f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) | {products} "
+            f"| {efficiency} | {products} "
             f"| {r['one_hot']:.1f}x | {fairscale} | {ours} | {theirs} | {ours / max(theirs, 1):.2f} |"
         )
     if experts:
         lines += ["", f"| experts, {args.experts_tokens} tokens | time (quartiles) |\n|---|---:|"]
         lines += [f"| {args.experts[0]} | 1 |"]
         for r in experts:
-            low, high = r["quartiles"]
-            lines.append(f"| {r['experts']} | {r['time']:.2f} ({low:.2f}-{high:.2f}) |")
+            lines.append(f"| {r['experts']} | {told(r['time'], *r['quartiles'])} |")
     return "\n".join(lines)
 
 

@@ -8,12 +8,11 @@ to have learned something: the fewer tokens it finds possible, the less there is
 
 import argparse
 import logging
-import statistics
 import warnings
 from argparse import Namespace
 
 import torch
-from benchmarking import add_common_options, in_turns, publish, quartiles
+from benchmarking import add_common_options, in_turns, publish, quartiles, told
 from tqdm import tqdm
 
 import fairseq_smoe
@@ -50,8 +49,8 @@ def main():
         "decoding (quartiles) | tokens relative to plain decoding |\n|---|---:|---:|"
     ]
     for r in results:
-        spread = "-".join(f"{value:.2f}" for value in r["quartiles"])
-        lines.append(f"| beam {r['beam']} | {r['time']:.2f} ({spread}) | {r['tokens']:.2f} |")
+        time = told(r["time"], *r["quartiles"])
+        lines.append(f"| beam {r['beam']} | {time} | {r['tokens']:.2f} |")
     publish("\n".join(lines), args, {"results": results}, None)
 
 
@@ -93,10 +92,10 @@ def compare(task, model, batches, beam, args, progress):
 
     plain, contrast = job("plain"), job("contrast", scmoe_beta=args.beta)
     ratios = [1 / ratio for ratio in in_turns(plain, contrast, args.rounds, progress)]
-    low, _, high = quartiles(ratios)
+    low, median, high = quartiles(ratios)
     return {
         "beam": beam,
-        "time": statistics.median(ratios),
+        "time": median,
         "quartiles": [low, high],
         "tokens": tokens["contrast"] / tokens["plain"],
     }

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from benchmarking import add_common_options, in_turns, publish, quartiles, sentences
+from benchmarking import add_common_options, in_turns, publish, quartiles, sentences, told
 from torch import nn
 from tqdm import tqdm
 
@@ -71,18 +71,19 @@ def main():
         f"| FFNs {args.embed_dim} x {args.ffn_dim} in {args.experts} small experts | kept "
         "| speed relative to dense (quartiles) |\n|---|---|---:|"
     ]
-    lines += [f"| {r['tokens']} tokens | {share[r['kept']]} | {told(r)} |" for r in ffns]
+    lines += [f"| {r['tokens']} tokens | {share[r['kept']]} | {speed(r)} |" for r in ffns]
     lines += [
         f"\n| Beam search, {args.layers}+{args.layers} layers, beam {args.beam} | kept "
         "| speed relative to dense (quartiles) |\n|---|---|---:|"
     ]
-    lines += [f"| sentences: {r['sentences']} | {share[r['kept']]} | {told(r)} |" for r in searches]
+    lines += [
+        f"| sentences: {r['sentences']} | {share[r['kept']]} | {speed(r)} |" for r in searches
+    ]
     publish("\n".join(lines), args, {"ffns": ffns, "beam_search": searches}, None)
 
 
-def told(result):
-    low, high = result["quartiles"]
-    return f"{result['speed']:.2f} ({low:.2f}-{high:.2f})"
+def speed(result):
+    return told(result["speed"], *result["quartiles"])
 
 
 def measured(ratios, **facts):

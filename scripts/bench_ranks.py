@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarking import add_common_options, machine, quartiles
+from benchmarking import add_common_options, machine, quartiles, told
 from tqdm import tqdm
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
@@ -109,7 +109,7 @@ def as_markdown(args, speeds):
     ]
     for name, values in speeds.items():
         low, median, high = quartiles([a / b for a, b in zip(values, first)])
-        lines.append(f"| {name} | {median:.2f} ({low:.2f}-{high:.2f}) |")
+        lines.append(f"| {name} | {told(median, low, high)} |")
     return "\n".join(lines)
 
 

@@ -179,6 +179,11 @@ def quartiles(values):
     return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
+def told(median, low, high):
+    """A median with its quartiles, for a table."""
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
 def report(results, args, title):
     """Print a table of the results of :func:`measured`; with ``--to``, also write it to files."""
     lines = [
@@ -186,11 +191,8 @@ def report(results, args, title):
         "| efficiency (quartiles) |\n|---|---:|---:|---:|"
     ]
     for r in results:
-        low, high = r["quartiles"]
-        lines.append(
-            f"| {r['row']} | {r['speed']:.3f} | {r['flops']:.3f} "
-            f"| {r['efficiency']:.2f} ({low:.2f}-{high:.2f}) |"
-        )
+        efficiency = told(r["efficiency"], *r["quartiles"])
+        lines.append(f"| {r['row']} | {r['speed']:.3f} | {r['flops']:.3f} | {efficiency} |")
     publish("\n".join(lines), args, {"results": results}, lambda path: draw(results, title, path))
 
 

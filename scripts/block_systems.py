@@ -7,7 +7,7 @@ dense FFN sublayer of the model's width gets as many rows as make the same numbe
 """
 
 import torch
-from benchmarking import in_turns, quartiles
+from benchmarking import in_turns, quartiles, told
 from block_contestants import DenseFFN, kept_choices
 
 from fairseq_smoe.accounting.flops import parse_model_options
@@ -104,9 +104,8 @@ def measure_systems(args, step, progress):
 def as_markdown(results):
     lines = [HEADER]
     for r in results:
-        efficiency = r["efficiency"]
         lines.append(
             f"| {r['system']} | `{r['options']}` | {r['experts_per_token']:.2f} "
-            f"| {efficiency['median']:.2f} ({efficiency['low']:.2f}-{efficiency['high']:.2f}) |"
+            f"| {told(**r['efficiency'])} |"
         )
     return "\n".join(lines).replace("``", "")
