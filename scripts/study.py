@@ -1,30 +1,35 @@
-"""Runs the trainings of the study (results/study/PLAN.md) one by one, and collects their losses.
+"""Runs the trainings of the study (results/study/PLAN.md), and keeps what they come to.
 
     python scripts/study.py --data data/study-m4 --runs runs/study            all that are not done
     python scripts/study.py --data ... --runs ... --group rate                one step of the plan
     python scripts/study.py --runs runs/study --only-collect                  only write the CSV files
 
 The command can be stopped and run again: it skips finished trainings and resumes interrupted ones.
-After every training, the losses of its group are written to results/study/losses-GROUP.csv. Trainings
-whose losses are complete there are finished, too, and their lines are kept if the run folder is gone.
+Several may run at a time, each on a core of its own: they take different trainings. After every
+training, the losses of its group are written to results/study/losses-GROUP.csv and, if the group says
+so, translations of held-out text are scored (study_scores.py). What is complete there is finished, too:
+its lines are kept if the run folder is gone.
 """
 
 import argparse
-import csv
+import fcntl
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import study_scores
+from study_scores import STUDY, read_csv, write_csv
+
 from fairseq_smoe.plots.train_log import read_log
 
-STUDY = Path(__file__).resolve().parent.parent / "results" / "study"
 # what fairseq logs -> the name of its text
 KINDS = {"train_inner": "train", "valid": "idev", "flores": "flores"}
 COLUMNS = (
     *("row", "seed", "lr", "updates", "kind", "loss", "nll_loss", "target_tokens", "seconds"),
-    *("encoder_capacity", "decoder_capacity"),
+    *("encoder_capacity", "decoder_capacity", "encoder_experts", "decoder_experts"),
 )
 
 
@@ -37,23 +42,27 @@ class Training:
         benchmark: file in results/study.
         row: row of the benchmark.
         seed: fairseq's seed.
+        lr: peak learning rate.
         options: ``{option of fairseq-train: value}``, in addition to those of the benchmark.
+        subsets: what its model translates.
     """
 
     group: str
     benchmark: str
     row: str
     seed: int
+    lr: str
     options: dict = field(default_factory=dict)
+    subsets: tuple = ()
 
     @property
     def name(self):
-        return f"{self.row}-lr{self.options['--lr']}-seed{self.seed}"
+        return f"{self.row}-lr{self.lr}-seed{self.seed}"
 
     def folder(self, runs):
         return runs / self.group / self.name
 
-    def is_done(self, runs):
+    def is_trained(self, runs):
         log = self.folder(runs) / "train.log"
         if log.exists():
             return "done training in" in log.read_text(errors="replace")
@@ -64,22 +73,25 @@ class Training:
 
     def collected(self):
         """The lines of this training in the CSV file of its group."""
-        path = losses_file(self.group)
-        if not path.exists():
-            return []
-        with open(path, newline="") as file:
-            own = (self.row, str(self.seed), self.options["--lr"])
-            return [r for r in csv.DictReader(file) if (r["row"], r["seed"], r["lr"]) == own]
+        own = (self.row, str(self.seed), self.lr)
+        lines = read_csv(losses_file(self.group))
+        return [line for line in lines if (line["row"], line["seed"], line["lr"]) == own]
 
-    def start(self, runs, data):
+    def train(self, runs, data):
         """Train to the end, in a separate process."""
-        words = [word for pair in self.options.items() for word in pair]
-        return subprocess.run(
-            [
-                *(sys.executable, "-m", "fairseq_smoe", "train", STUDY / self.benchmark, self.row),
-                *("--data", data, "--run", self.folder(runs), "--seed", str(self.seed), "--cpu"),
-                *("--max-tokens", "2000", *words),
-            ]
+        options = {"--lr": self.lr, "--max-tokens": "2000", **self.options}
+        words = [word for pair in options.items() for word in pair]
+        call(
+            *("train", STUDY / self.benchmark, self.row, "--data", data),
+            *("--run", self.folder(runs), "--seed", self.seed, "--cpu", *words),
+        )
+
+    def translate(self, runs, data):
+        call(
+            *("evaluate", "--run", self.folder(runs), "--data", data, "--cpu", "--processes", "1"),
+            *("--checkpoint", self.folder(runs) / "checkpoints" / "checkpoint_last.pt"),
+            *("--subset", ",".join(self.subsets), "--max-len-b", "100"),
+            *("--metrics", "bleu", "chrf++"),
         )
 
     def records(self, runs):
@@ -108,7 +120,7 @@ class Training:
         return {
             "row": self.row,
             "seed": self.seed,
-            "lr": self.options["--lr"],
+            "lr": self.lr,
             "updates": updates,
             "kind": KINDS[name],
             "loss": facts[f"{prefix}loss"],
@@ -117,7 +129,19 @@ class Training:
             "seconds": facts.get("wall", ""),
             "encoder_capacity": facts.get(f"{prefix}encoder_requested_capacity", ""),
             "decoder_capacity": facts.get(f"{prefix}decoder_requested_capacity", ""),
+            "encoder_experts": facts.get(f"{prefix}encoder_experts_per_token", ""),
+            "decoder_experts": facts.get(f"{prefix}decoder_experts_per_token", ""),
         }
+
+
+def call(*words):
+    """Run a command of fairseq_smoe; end with it if it fails."""
+    command = [sys.executable, "-m", "fairseq_smoe", *map(str, words)]
+    code = subprocess.run(command).returncode
+    if code:
+        sys.exit(
+            f"error: {' '.join(command)} ended with exit code {code}; the same command resumes"
+        )
 
 
 def losses_file(group):
@@ -125,16 +149,57 @@ def losses_file(group):
 
 
 def read_trainings(path):
-    return [Training(**entry) for entry in json.loads(path.read_text())]
+    groups = json.loads(path.read_text())
+    return [
+        Training(
+            group=name,
+            benchmark=group["benchmark"],
+            subsets=tuple(group.get("subsets", ())),
+            **{**entry, "options": {**group["options"], **entry.get("options", {})}},
+        )
+        for name, group in groups.items()
+        for entry in group["trainings"]
+    ]
 
 
 def collect(trainings, runs, group):
     """Write the losses of a group to its CSV file."""
     records = [r for t in trainings if t.group == group for r in t.records(runs)]
-    with open(losses_file(group), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    write_csv(losses_file(group), COLUMNS, records)
+
+
+def complete(training, trainings, args):
+    """Train, collect and score one training, as far as that is not done. Does nothing if another
+    process does it."""
+    folder = training.folder(args.runs)
+    if training.is_trained(args.runs) and study_scores.are_complete(training):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "study.lock", wait=False) as mine:
+        if not mine:
+            return
+        print(f"== {training.group} {training.name}", flush=True)
+        if not training.is_trained(args.runs):
+            training.train(args.runs, args.data)
+        with locked(args.runs / "collect.lock"):
+            collect(trainings, args.runs, training.group)
+        if not study_scores.are_complete(training):
+            training.translate(args.runs, args.data)
+            with locked(args.runs / "collect.lock"):
+                study_scores.add(training, folder)
+
+
+@contextmanager
+def locked(path, wait=True):
+    """Hold a lock, which the kernel releases however the process ends. Yields whether this process
+    holds it; False only if it does not wait for another one."""
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def main():
@@ -153,15 +218,7 @@ def main():
     if args.data is None and not args.only_collect:
         parser.error("--data: give the folder that prepare has made")
     for training in chosen if not args.only_collect else ():
-        if training.is_done(args.runs):
-            continue
-        print(f"== {training.group} {training.name}", flush=True)
-        code = training.start(args.runs, args.data).returncode
-        collect(trainings, args.runs, training.group)
-        if code:
-            sys.exit(
-                f"error: {training.name} ended with exit code {code}; the same command resumes"
-            )
+        complete(training, trainings, args)
     for group in dict.fromkeys(t.group for t in chosen):
         collect(trainings, args.runs, group)
 
