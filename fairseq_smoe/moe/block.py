@@ -146,6 +146,9 @@ class SMoEBlock(nn.Module):
         pass_scale: initial values of trained factors of the outputs of the passes, one number for
             each stratum (ReZero, arXiv 2003.04887). With 0 a pass begins as the identity. None for
             no such factors.
+        pass_curriculum: in training, the chance of a token to go on to another pass rises from 0 to
+            1 over this many updates; others leave the block, whatever their best expert. 0 for no
+            such beginning. :meth:`set_num_updates` tells the block how far the training is.
 
     Attributes:
         view: how the next inputs are routed, a :class:`~fairseq_smoe.moe.single_expert.View`; None
@@ -173,6 +176,7 @@ class SMoEBlock(nn.Module):
         make_experts=None,
         alive=None,
         pass_scale=None,
+        pass_curriculum=0,
     ):
         super().__init__()
         if not strata or min(strata) < 1:
@@ -192,6 +196,8 @@ class SMoEBlock(nn.Module):
             raise ValueError(f"expert_backend={expert_backend!r}: expected one of {BACKENDS}")
         if pass_scale is not None and len(pass_scale) != len(strata):
             raise ValueError(f"pass_scale={pass_scale!r}: expected {len(strata)} numbers, or None")
+        if pass_curriculum < 0:
+            raise ValueError(f"pass_curriculum={pass_curriculum!r}: expected 0 (none) or more")
         if make_gate is None:
             make_gate = partial(
                 TopKGate,
@@ -203,6 +209,8 @@ class SMoEBlock(nn.Module):
         self.norm = norm
         self.dropout = dropout
         self.eom = eom
+        self.pass_curriculum = pass_curriculum
+        self.set_num_updates(0)
         self.visible = self._visible_experts()
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(self._num_norms()))
         scale_L = None if pass_scale is None else torch.tensor(pass_scale, dtype=torch.float)
@@ -225,6 +233,10 @@ class SMoEBlock(nn.Module):
             order_E = expert_group.sending_order(experts)
             self.register_buffer(f"sending_order_{i}", order_E, persistent=False)
         self.register_buffer("stratum_of_expert", torch.tensor(stratum_of), persistent=False)
+
+    def set_num_updates(self, updates):
+        """Say how many updates the training has made. fairseq does before every update."""
+        self.going_on = min(1, updates / self.pass_curriculum) if self.pass_curriculum else 1
 
     def expected_visits(self):
         """Tokens at each gate per token that enters the block, under uniform gates; they add up to
@@ -290,12 +302,19 @@ class SMoEBlock(nn.Module):
             residual_HD = normed_HD if self.norm == "released" and i else x_HD  # eq. 7
             out_HD = residual_HD + F.dropout(y_HD, self.dropout, self.training)
             tokens_TD = here.put(tokens_TD, out_HD)
-            best_H = record.best_T + visible.start
-            stratum_T = here.put(stratum_T, self.stratum_of_expert[best_H] + 1)
+            stratum_T = here.put(stratum_T, self._next_stratum(record.best_T + visible.start))
             passes_T = here.put(passes_T, here.take(passes_T) + 1)
             gates.append(record)
             losses.append(own_losses)
         return tokens_TD, passes_T, gates, losses
+
+    def _next_stratum(self, best_T):
+        """The stratum that each token goes to; behind the last one, it leaves the block."""
+        next_T = self.stratum_of_expert[best_T] + 1
+        if self.training and self.going_on < 1:
+            leaves_T = torch.rand(next_T.shape, device=next_T.device) >= self.going_on
+            next_T = next_T.masked_fill(leaves_T, len(self.strata))
+        return next_T
 
     def _visit(self, normed_TD, i, shared, here_T=None, key_T=None):
         """One gate and its experts (eq. 5 and 6). Returns the output before the residual, the

@@ -21,6 +21,7 @@ from fairseq_smoe.translation.checkpoint_layout import (
     check_vocabulary,
     without_needless_routers,
 )
+from fairseq_smoe.translation.depth_init import scale_by_depth
 from fairseq_smoe.translation.layer_drop import drop_alike
 from fairseq_smoe.translation.layers import (
     SMoEDecoderLayer,
@@ -115,6 +116,8 @@ class SMoETransformer(TransformerModelBase):
             )
         cfg = TransformerConfig.from_namespace(options)
         model = super().build_model(cfg, task)
+        if options.smoe_depth_init:
+            scale_by_depth(model)
         if options.moefy_dense:
             moefy_dense_layers(model, cfg)
         if not all(layer.routed_block.experts.trains_backbone for _, layer in expert_layers(model)):

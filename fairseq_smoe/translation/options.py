@@ -19,6 +19,7 @@ from fairseq_smoe.moe.expert_group import default_group_size
 from fairseq_smoe.moe.kind import option
 from fairseq_smoe.moe.pass_scale import parse_pass_scale
 from fairseq_smoe.moe.strata import format_strata, parse_strata, split_strata
+from fairseq_smoe.translation.depth_init import DEPTH_INIT_EXPERTS
 
 DEFAULT_STRATA = "4-4"
 GROUPED_MULTIPLE = 8  # 16 bytes of half precision
@@ -86,6 +87,16 @@ class LayerOptions(FairseqDataclass):
         None,
         "multiply the output of every pass by a trained number that starts at this: one number, or "
         "one for each stratum, e.g. 1,0 for two (default: no such factors)",
+    )
+    smoe_pass_curriculum: int = option(
+        0,
+        "begin the training with a single pass: the chance of a token to go on to another one rises "
+        "from 0 to 1 over this many updates (default: 0, none)",
+    )
+    smoe_depth_init: bool = option(
+        False,
+        "DS-Init: divide the initial weights of output layers by the root of their depth, to which "
+        "every stratum counts as a layer",
     )
     moe_expert_parallel_size: Optional[int] = option(
         None,
@@ -248,6 +259,12 @@ def check_options(options):
     if options.smoe_norm not in NORMS:
         raise OptionError(f"--smoe-norm {options.smoe_norm}: expected {' or '.join(NORMS)}")
     parse_pass_scale(options.smoe_pass_scale, strata)
+    _check_pass_curriculum(options, strata)
+    if options.smoe_depth_init and options.moe_experts not in DEPTH_INIT_EXPERTS:
+        raise OptionError(
+            f"--smoe-depth-init with --moe-experts {options.moe_experts}: expected "
+            f"{' or '.join(DEPTH_INIT_EXPERTS)}; drop --smoe-depth-init"
+        )
     if options.moe_ffn_dim is not None and options.moe_ffn_dim < 1:
         raise OptionError(f"--moe-ffn-dim {options.moe_ffn_dim}: expected 1 or more")
     if not 0 <= options.moe_eom < 1:
@@ -298,6 +315,18 @@ def check_options(options):
             "normalises its own input; drop --post-norm, or use it with --moe-freq 0"
         )
     return strata
+
+
+def _check_pass_curriculum(options, strata):
+    updates = options.smoe_pass_curriculum
+    if updates < 0:
+        raise OptionError(f"--smoe-pass-curriculum {updates}: expected 0 (none) or more updates")
+    if updates and (len(strata) == 1 or options.smoe_stacking):
+        flags = "--smoe-stacking" if options.smoe_stacking else f"--smoe-strata {strata[0]}"
+        raise OptionError(
+            f"--smoe-pass-curriculum {updates} with {flags}: no token leaves a block of this kind "
+            "early or late; drop --smoe-pass-curriculum"
+        )
 
 
 def _count_layers(options):

@@ -44,6 +44,19 @@ WRONG_OPTIONS = [
         ["--smoe-strata", "4-4", "--smoe-stacking", "--smoe-pass-scale", "1"],
         ["--smoe-pass-scale 1", "--smoe-stacking"],
     ),
+    (["--smoe-pass-curriculum", "-1"], ["--smoe-pass-curriculum -1", "0 (none) or more"]),
+    (
+        ["--smoe-strata", "8", "--smoe-pass-curriculum", "9"],
+        ["--smoe-pass-curriculum 9 with --smoe-strata 8", "drop --smoe-pass-curriculum"],
+    ),
+    (
+        ["--smoe-strata", "4-4", "--smoe-stacking", "--smoe-pass-curriculum", "9"],
+        ["--smoe-pass-curriculum 9 with --smoe-stacking"],
+    ),
+    (
+        ["--moe-experts", "tensor-product", "--smoe-depth-init"],
+        ["--smoe-depth-init with --moe-experts tensor-product", "ffn or sized"],
+    ),
     (["--smoe-strata", "4-4", "--moe-freq", "3"], ["--moe-freq 3", "2+2 layers", "lower it"]),
     (["--smoe-strata", "4-4", "--moe-freq", "0"], ["--moe-freq 0", "without --smoe-strata"]),
     (["--moe-freq", "-1"], ["--moe-freq -1", "or more"]),

@@ -68,9 +68,38 @@ def test_pass_scale_leaves_the_precision(dtype):
     assert block.to(dtype)(x.to(dtype))[0].dtype == dtype
 
 
+def test_pass_curriculum_opens_the_later_passes_step_by_step():
+    block = make_block(pass_curriculum=200, capacity_factor=None).train()
+    plain = make_block(capacity_factor=None).train()
+    x = torch.randn(40_000, 8)
+
+    def share_going_on(updates):
+        block.set_num_updates(updates)
+        first, *later = [int(gate.num_tokens) for gate in block(x)[1].gates]
+        wanted, *more = [int(gate.num_tokens) for gate in plain(x)[1].gates]
+        return first, later, wanted, more
+
+    for updates, share in ((0, 0), (50, 0.25), (100, 0.5), (200, 1), (1000, 1)):
+        first, later, wanted, more = share_going_on(updates)
+        assert first == wanted == 40_000
+        # to the second gate only from the first; to the third also from the second
+        assert later[0] == pytest.approx(share * more[0], rel=0.1)
+        assert (share in (0, 1)) == (later in ([0, 0], more))
+    assert torch.equal(block(x)[0], plain(x)[0])
+
+
+def test_pass_curriculum_leaves_every_gradient_and_evaluation():
+    block = make_block(pass_curriculum=200).train()
+    block(torch.randn(50, 8))[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    x, plain = torch.randn(50, 8), make_block()
+    assert torch.equal(block.eval()(x)[0], plain.eval()(x)[0])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"pass_curriculum": -1},
         {"pass_scale": (1, 0)},
         {"strata": ()},
         {"strata": (4, 0)},
@@ -152,7 +181,7 @@ def test_cmr_mixes_a_dense_ffn_with_the_experts():
     torch.testing.assert_close(stats.shared_weight, gate.squeeze(-1)[~mask])
 
     cmr.train()
-    x = torch.randn(4000, 8)
+    x = torch.randn(40_000, 8)
     bypassed = (cmr(x)[0] - (x + cmr.fc2(F.relu(cmr.fc1(block.norms[0](x)))))).abs().sum(1) < 1e-6
     assert 0.45 < bypassed.float().mean() < 0.55
 
@@ -193,7 +222,7 @@ def test_padding_changes_nothing_in_training():
 def test_eom_masks_expert_outputs():
     block = make_block(strata=(4,), eom=0.25, capacity_factor=None).train()
     plain = make_block(strata=(4,)).eval()
-    x = torch.randn(4000, 8)
+    x = torch.randn(40_000, 8)
     with torch.no_grad():
         update, full = block(x)[0] - x, plain(x)[0] - x
         # a token keeps both outputs with probability 0.75 squared, none with 0.25 squared
