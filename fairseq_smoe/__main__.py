@@ -20,7 +20,7 @@ COMMANDS = {
     "plot": "draw requested capacity, experts and training curves",
     "checkpoint": "inspect, merge, split, strip and average checkpoints",
     "convert": "make a trained model into a mixture of experts, or into a smaller one",
-    "flops": "print parameters and FLOPs of every row of the paper's tables",
+    "flops": "print parameters and FLOPs of every row of a table",
     "scaling": "compute what ranks send and hold when they share experts",
 }
 

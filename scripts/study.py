@@ -45,6 +45,8 @@ class Training:
         lr: peak learning rate.
         options: ``{option of fairseq-train: value}``, in addition to those of the benchmark.
         subsets: what its model translates.
+        upcycle: None, or how the model begins: ``{"dense": {option: value}, "convert": {option:
+            value}}`` trains a dense model with these options, and makes its FFNs into experts.
     """
 
     group: str
@@ -54,6 +56,7 @@ class Training:
     lr: str
     options: dict = field(default_factory=dict)
     subsets: tuple = ()
+    upcycle: dict | None = None
 
     @property
     def name(self):
@@ -79,11 +82,20 @@ class Training:
 
     def train(self, runs, data):
         """Train to the end, in a separate process."""
-        options = {"--lr": self.lr, "--max-tokens": "2000", **self.options}
-        words = [word for pair in options.items() for word in pair]
+        folder, begin = self.folder(runs), {}
+        if self.upcycle:
+            begin = {"--finetune-from-model": folder / "upcycled.pt"}
+            if not (folder / "upcycled.pt").exists():
+                self._train("dense", folder / "dense", data, {**self.options, **self.upcycle["dense"]})
+                dense = folder / "dense" / "checkpoints" / "checkpoint_last.pt"
+                options = words_of(self.upcycle["convert"])
+                call("convert", "upcycle", dense, folder / "upcycled.pt", *options)
+        self._train(self.row, folder, data, {**self.options, **begin})
+
+    def _train(self, row, folder, data, options):
         call(
-            *("train", STUDY / self.benchmark, self.row, "--data", data),
-            *("--run", self.folder(runs), "--seed", self.seed, "--cpu", *words),
+            *("train", STUDY / self.benchmark, row, "--data", data, "--run", folder, "--cpu"),
+            *("--seed", self.seed, "--lr", self.lr, "--max-tokens", "2000", *words_of(options)),
         )
 
     def translate(self, runs, data):
@@ -132,6 +144,11 @@ class Training:
             "encoder_experts": facts.get(f"{prefix}encoder_experts_per_token", ""),
             "decoder_experts": facts.get(f"{prefix}decoder_experts_per_token", ""),
         }
+
+
+def words_of(options):
+    """``{option: value}`` as words of a command line."""
+    return [word for pair in options.items() for word in pair]
 
 
 def call(*words):

@@ -15,8 +15,12 @@ from fairseq_smoe.moe.moefied_ffn import MoefiedFFN
 CONTEXT_LENGTH = 2430
 
 
-def render(benchmark):
-    """A Markdown table: our figures, and the paper's if there are any."""
+def render(benchmark, context=CONTEXT_LENGTH):
+    """A Markdown table: our figures, and the paper's if there are any.
+
+    Args:
+        context: see :func:`flops_per_token`.
+    """
     lines = [
         f"| {benchmark.title} | options | parameters | paper | MFLOPs/token | paper "
         "| relative to dense | paper |",
@@ -24,7 +28,7 @@ def render(benchmark):
     ]
     dense, notes = None, []
     for row in benchmark.rows:
-        params, flops, fixed = count_row(benchmark, row)
+        params, flops, fixed = count_row(benchmark, row, context=context)
         if fixed:
             notes.append(f"{row.name}: besides {fixed / 1e9:.0f} GFLOPs per forward pass.")
         dense = dense or flops
@@ -32,19 +36,29 @@ def render(benchmark):
         if row.mflops:
             printed, relative = row.mflops, f"{row.mflops / benchmark.rows[0].mflops:.3f}"
         lines.append(
-            f"| {row.name} | `{row.options}` | {params / 1e6:.1f}M | {row.params} "
-            f"| {flops / 1e6:.0f} | {printed} | {flops / dense:.3f} | {relative} |"
+            f"| {row.name} | `{row.options}` | {_millions(params, 1)}M | {row.params} "
+            f"| {_millions(flops, 0)} | {printed} | {flops / dense:.3f} | {relative} |"
         )
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
 
 
-def count_row(benchmark, row, scale="paper"):
+def _millions(number, digits):
+    """With at least three figures."""
+    return f"{number / 1e6:.{digits if number >= 1e7 else 2}f}"
+
+
+def count_row(benchmark, row, scale="paper", context=CONTEXT_LENGTH):
     """``(parameters, forward FLOPs per token, FLOPs per forward pass)`` of a row of a benchmark at a
-    scale. The last are taken whatever the number of tokens."""
+    scale. The last are taken whatever the number of tokens.
+
+    Args:
+        context: see :func:`flops_per_token`.
+    """
     model, options = build_on_meta(
         model_options(benchmark, row, scale), vocab_size(benchmark, scale)
     )
-    return count_parameters(model), flops_per_token(model, options), flops_per_forward(model)
+    flops = flops_per_token(model, options, context)
+    return count_parameters(model), flops, flops_per_forward(model)
 
 
 def count_parameters(model):
@@ -53,7 +67,7 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters()) - padding
 
 
-def flops_per_token(model, options):
+def flops_per_token(model, options, context=CONTEXT_LENGTH):
     """Forward FLOPs per token as in Kaplan et al. 2020, under uniform gates.
 
     Two FLOPs per weight that a token is multiplied with (the embedding matrix counts once, as
@@ -63,6 +77,7 @@ def flops_per_token(model, options):
     Args:
         model: an ``SMoETransformer``, also on the meta device.
         options: the namespace it was built from.
+        context: number of tokens that a token attends to.
     """
     from fairseq_smoe.translation.layers import expert_layers
 
@@ -83,7 +98,7 @@ def flops_per_token(model, options):
             visits * block.experts.params_used(seen, choices) for visits, seen, choices in passes
         )
     attention_sublayers = options.encoder_layers + 2 * options.decoder_layers
-    attention = 2 * options.encoder_embed_dim * CONTEXT_LENGTH * attention_sublayers
+    attention = 2 * options.encoder_embed_dim * context * attention_sublayers
     return 2 * (shared + visited) + attention
 
 

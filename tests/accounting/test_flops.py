@@ -1,7 +1,11 @@
 """Sizes of the real models against those that the paper prints."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from fairseq_smoe.__main__ import main
 from fairseq_smoe.accounting.flops import (
     build_on_meta,
     count_parameters,
@@ -36,6 +40,26 @@ def test_size_of_row(benchmark, row):
     _, dense_flops, _ = count_row(benchmark, dense_row)
     if row.name not in PRINTED_FLOPS_DIFFER:
         assert flops / dense_flops == pytest.approx(row.mflops / dense_row.mflops, rel=0.01)
+
+
+def test_a_table_of_ones_own_and_a_context(tmp_path, capsys):
+    path = Path(benchmarks.__file__).parent / "m4.json"
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**json.loads(path.read_text()), "title": "Mine"}))
+    for context in ("30", "3000"):
+        main(["flops", str(own), "--context", context])
+    first, second = capsys.readouterr().out.split("\n\n")[:2]
+    assert first.startswith("| Mine |") and "| Vanilla MoE | `--smoe-strata 8` | 148.7M" in first
+    model, options = build_on_meta(["--arch", "smoe_transformer"], 100)
+    one_more = flops_per_token(model, options, 31) - flops_per_token(model, options, 30)
+    assert one_more == 2 * 512 * (6 + 2 * 6)
+    assert first != second
+    for words, message in (
+        (["nix"], "error: nix: no such benchmark"),
+        (["--context", "0"], "error: --context 0: expected 1 or more"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["flops", *words])
 
 
 def test_pass_scales_are_parameters():
