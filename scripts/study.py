@@ -228,16 +228,27 @@ def main():
     parser.add_argument("--group", help="only this step of the plan")
     parser.add_argument("--only-collect", action="store_true", help="train nothing")
     args = parser.parse_args()
-    trainings = read_trainings(STUDY / "runs.json")
-    chosen = [t for t in trainings if args.group in (None, t.group)]
-    if not chosen:
-        parser.error(f"--group {args.group}: expected {', '.join({t.group for t in trainings})}")
+    groups = {training.group for training in read_trainings(STUDY / "runs.json")}
+    if args.group not in (None, *groups):
+        parser.error(f"--group {args.group}: expected {', '.join(sorted(groups))}")
     if args.data is None and not args.only_collect:
         parser.error("--data: give the folder that prepare has made")
-    for training in chosen if not args.only_collect else ():
-        complete(training, trainings, args)
-    for group in dict.fromkeys(t.group for t in chosen):
+    tried = set()
+    while not args.only_collect:
+        # read anew each time, as the list may have become longer meanwhile
+        trainings = read_trainings(STUDY / "runs.json")
+        left = [t for t in chosen(trainings, args) if t.folder(args.runs) not in tried]
+        if not left:
+            break
+        tried.add(left[0].folder(args.runs))
+        complete(left[0], trainings, args)
+    trainings = read_trainings(STUDY / "runs.json")
+    for group in dict.fromkeys(t.group for t in chosen(trainings, args)):
         collect(trainings, args.runs, group)
+
+
+def chosen(trainings, args):
+    return [t for t in trainings if args.group in (None, t.group)]
 
 
 if __name__ == "__main__":

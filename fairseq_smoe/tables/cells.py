@@ -15,12 +15,14 @@ class Cell:
         paper: the printed score, or None.
         p_value: of our difference from the baseline, None where it was not tested.
         against: our difference from the baseline, None where there is none.
+        interval: ``(low, high)``, of 95% over draws from the test set; None where there were none.
     """
 
     seeds: dict = field(default_factory=dict)
     paper: float | None = None
     p_value: float | None = None
     against: float | None = None
+    interval: tuple | None = None
 
     @property
     def ours(self):

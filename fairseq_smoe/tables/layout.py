@@ -55,13 +55,15 @@ class Layout:
     warnings: list = field(default_factory=list)
 
 
-def number(value, emphasis="", mark="", spread=None, signed=False, digits=2):
+def number(value, emphasis="", mark="", spread=None, interval=None, signed=False, digits=2):
     """A :class:`Text` of a score; a missing one is a dash."""
     if value is None:
         return Text(MISSING)
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
     if spread is not None:
         text += f" ±{spread:.{digits}f}"
+    if interval is not None:
+        text += f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
     return Text(text, emphasis, mark)
 
 

@@ -2,7 +2,7 @@
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.scoring import make_metric, read_directions
-from fairseq_smoe.tables.significance import Bootstrap, mean_of, p_value
+from fairseq_smoe.tables.significance import Bootstrap, interval, mean_of, p_value
 
 
 class PairedTests:
@@ -38,20 +38,29 @@ class PairedTests:
         Returns:
             the p-value; None if something cannot be compared.
         """
+        systems = [self._mean(seeds, directions) for seeds in (evaluations, baseline)]
+        return None if None in systems else p_value(*systems)
+
+    def interval(self, evaluations, directions):
+        """The bootstrap interval of a system's mean score; None if it cannot be had.
+
+        Args:
+            evaluations, directions: see :meth:`p_value`.
+        """
+        system = self._mean(evaluations, directions)
+        return None if system is None else interval(system)
+
+    def _mean(self, evaluations, directions):
         try:
-            system, other = [
-                mean_of(
-                    mean_of(self._resample(evaluation, direction) for evaluation in seeds)
-                    for direction in directions
-                )
-                for seeds in (evaluations, baseline)
-            ]
+            return mean_of(
+                mean_of(self._resample(evaluation, direction) for evaluation in evaluations)
+                for direction in directions
+            )
         except OptionError as error:
             warning = f"not everything could be tested: {error}"
             if warning not in self.warnings:
                 self.warnings.append(warning)
             return None
-        return p_value(system, other)
 
     def _resample(self, evaluation, direction):
         key = evaluation.folder, direction

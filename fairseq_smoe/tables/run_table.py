@@ -63,6 +63,8 @@ def collect_lines(evaluations, metric, baseline=None, tests=None):
                 if tests and name != baseline and None not in (score, theirs):
                     cell.p_value = tests.p_value([evaluation], [other], directions)
                     cell.against = score - theirs
+                if tests and score is not None and len(directions) > 1:
+                    cell.interval = tests.interval([evaluation], directions)
                 cells[column_name(title, column)] = cell
         model = evaluation.scores.get("model")
         size = (model["parameters"], model["flops_per_token"]) if model else None
@@ -93,7 +95,8 @@ def lay_out(lines, evaluations, subset, metric, baseline, tests):
         row = [Text(f"{line.name} (baseline)" if line.baseline else line.name)]
         for key in keys:
             cell = line.cells[key]
-            row.append(number(cell.ours, best[key].get(line.name, ""), _mark(cell)))
+            emphasis = best[key].get(line.name, "")
+            row.append(number(cell.ours, emphasis, _mark(cell), interval=cell.interval))
         row += [number(evaluation.requested_capacity(side)) for side in ("encoder", "decoder")]
         size = line.size
         row += [Text(millions(size[0])), Text(mflops(size[1]))] if size else [number(None)] * 2
@@ -103,6 +106,8 @@ def lay_out(lines, evaluations, subset, metric, baseline, tests):
     notes.append("RC: requested capacity, mean over the directions")
     if any(cell.p_value is not None for line in lines for cell in line.cells.values()):
         notes.append(significance_note(baseline, several_seeds=False))
+    if any(cell.interval is not None for line in lines for cell in line.cells.values()):
+        notes.append("beside means: where 95% of the draws of the bootstrap lie")
     warnings = conditions.differences(evaluations, metric) + (tests.warnings if tests else [])
     return Layout(
         f"{metric} on {subset}",

@@ -77,6 +77,12 @@ def mean_of(resampled):
     )
 
 
+def interval(system):
+    """Bounds between which 95% of a :class:`Resampled`'s draws lie."""
+    low, high = np.percentile(system.resamples, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def p_value(system, baseline):
     """Two-sided p-value of the difference between two systems, as sacrebleu's ``PairedTest``.
 

@@ -8,7 +8,7 @@ from fairseq_smoe.tables.significance import SIGNIFICANT
 
 FIELDS = (
     "benchmark scale subset metric cleaning row seed column ours paper difference p_value "
-    "significant"
+    "significant low high"
 ).split()
 
 
@@ -37,6 +37,8 @@ def render(lines, facts):
                 if cell.p_value is not None:
                     row["p_value"] = f"{cell.p_value:.4f}"
                     row["significant"] = "yes" if cell.p_value < SIGNIFICANT else "no"
+                if cell.interval is not None:
+                    row["low"], row["high"] = (_text(bound, 4) for bound in cell.interval)
                 writer.writerow(row)
     return out.getvalue()
 

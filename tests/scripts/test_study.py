@@ -1,17 +1,29 @@
-"""The study's list of trainings, and what is kept of their logs."""
+"""The study's list of trainings, what is kept of their logs and translations, and its tables."""
 
 import csv
 import json
 import shutil
 import subprocess
 import sys
+from fcntl import LOCK_EX, flock
 
+import numpy as np
+import pytest
+from evaluation_folders import sentences, worse, write_evaluation
 from toy_task import REPOSITORY
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
 
 STUDY = REPOSITORY / "results" / "study"
-RUNS = json.loads((STUDY / "runs.json").read_text())
+SCRIPTS = ("study.py", "study_scores.py", "study_report.py")
+RUNS = {
+    "short": {
+        "benchmark": "study-m4.json",
+        "options": {"--max-update": "50"},
+        "subsets": ["test1"],
+        "trainings": [{"row": "vanilla-moe", "seed": 7, "lr": "4e-3"}],
+    }
+}
 
 LOG = """\
 {"epoch": 1, "loss": "9.5", "nll_loss": "9.1", "wpb": "1000", \
@@ -25,34 +37,50 @@ LOG = """\
 """
 
 
-def test_every_training_is_one_of_its_benchmark():
-    names = [(run["group"], run["row"], run["options"]["--lr"], run["seed"]) for run in RUNS]
-    assert len(set(names)) == len(names)
-    for run in RUNS:
-        benchmark = benchmarks.load(str(STUDY / run["benchmark"]))
-        assert benchmark.row(run["row"]).slug == run["row"]
+@pytest.fixture
+def study(monkeypatch):
+    """The modules of the study."""
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    return __import__("study")
 
 
-def test_losses_are_collected_once_with_the_tokens_so_far(tmp_path):
-    copy = tmp_path / "scripts" / "study.py"
-    copy.parent.mkdir()
-    copy.write_bytes((REPOSITORY / "scripts" / "study.py").read_bytes())
-    study = tmp_path / "results" / "study"
-    study.mkdir(parents=True)
-    (study / "runs.json").write_text(json.dumps(RUNS[:2]))
-    run = RUNS[0]
-    folder = tmp_path / "runs" / run["group"] / f"{run['row']}-lr{run['options']['--lr']}-seed7"
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with the scripts, and a study of one training."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "results" / "study").mkdir(parents=True)
+    for name in SCRIPTS:
+        shutil.copy(REPOSITORY / "scripts" / name, tmp_path / "scripts")
+    shutil.copy(STUDY / "study-m4.json", tmp_path / "results" / "study")
+    (tmp_path / "results" / "study" / "runs.json").write_text(json.dumps(RUNS))
+    return tmp_path
+
+
+def run_study(copy, *words):
+    return subprocess.run(
+        [sys.executable, copy / "scripts" / "study.py", "--runs", copy / "runs", *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_training_is_one_of_its_benchmark(study):
+    trainings = study.read_trainings(STUDY / "runs.json")
+    names = [(training.group, training.name) for training in trainings]
+    assert len(set(names)) == len(names) > 0
+    for training in trainings:
+        benchmark = benchmarks.load(str(STUDY / training.benchmark))
+        assert benchmark.row(training.row).slug == training.row
+
+
+def test_losses_are_collected_once_with_the_tokens_so_far(copy):
+    folder = copy / "runs" / "short" / "vanilla-moe-lr4e-3-seed7"
     folder.mkdir(parents=True)
     (folder / "train.log").write_text(LOG)
-    losses = study / f"losses-{run['group']}.csv"
-
-    def collect():
-        subprocess.run(
-            [sys.executable, copy, "--runs", tmp_path / "runs", "--only-collect"], check=True
-        )
-        return losses.read_text()
-
-    rows = list(csv.DictReader(collect().splitlines()))
+    losses = copy / "results" / "study" / "losses-short.csv"
+    run_study(copy, "--only-collect")
+    rows = list(csv.DictReader(losses.read_text().splitlines()))
     found = [(r["kind"], r["updates"], r["loss"], r["target_tokens"], r["seconds"]) for r in rows]
     assert found == [
         ("train", "25", "9.5", "25000", "9"),
@@ -62,4 +90,47 @@ def test_losses_are_collected_once_with_the_tokens_so_far(tmp_path):
     # without the run folder, the lines stay
     before = losses.read_text()
     shutil.rmtree(folder)
-    assert collect() == before
+    run_study(copy, "--only-collect")
+    assert losses.read_text() == before
+
+
+def test_a_training_that_another_process_has_is_left_to_it(copy):
+    folder = copy / "runs" / "short" / "vanilla-moe-lr4e-3-seed7"
+    folder.mkdir(parents=True)
+    with open(folder / "study.lock", "w") as lock:
+        flock(lock, LOCK_EX)
+        outcome = run_study(copy, "--data", copy / "nowhere")
+    assert "==" not in outcome.stdout and not (folder / "train.log").exists()
+
+
+def test_scores_and_draws_are_kept_for_later_comparisons(copy, tmp_path, study, monkeypatch):
+    import study_scores
+
+    from fairseq_smoe.evaluation.translation_metrics import bleu
+
+    monkeypatch.setattr(study_scores, "STUDY", copy / "results" / "study")
+    (training,) = study.read_trainings(copy / "results" / "study" / "runs.json")
+    texts = {direction: sentences(40, seed=i) for i, direction in enumerate(["de-en", "en-de"])}
+    for share in (0.5, 0.2):  # scored again, the new ones take the place of the old
+        folder = tmp_path / f"run-{share}"
+        translated = {name: (worse(lines, share), lines) for name, lines in texts.items()}
+        run_scoring(write_evaluation(folder, translated, subset="test1"))
+        study_scores.add(training, folder)
+    assert study_scores.are_complete(training)
+    lines = study_scores.read_csv(study_scores.scores_file())
+    means = {line["direction"]: float(line["bleu"]) for line in lines}
+    expected = {name: bleu().corpus_score(*pair) for name, pair in translated.items()}
+    assert means == pytest.approx({**expected, "mean": np.mean([*expected.values()])}, abs=0.01)
+    (draws,) = study_scores.read_csv(study_scores.draws_file("itest"))
+    scores = [float(draws[name]) for name in draws if name.startswith("draw")]
+    assert len(scores) == 1000 and np.mean(scores) == pytest.approx(means["mean"], abs=1.5)
+
+
+def run_scoring(folder):
+    from argparse import ArgumentParser
+
+    from fairseq_smoe.evaluation import scoring
+
+    parser = ArgumentParser()
+    scoring.add_scoring_options(parser)
+    scoring.score_folder(folder, parser.parse_args(["--metrics", "bleu", "chrf++"]), {})

@@ -7,9 +7,11 @@ import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy_task
 from evaluation_folders import sentences, worse, write_evaluation, write_flores200_model
+from sacrebleu.metrics import BLEU
 
 from fairseq_smoe import __main__ as command_line
 from fairseq_smoe.benchmarks import benchmark
@@ -441,6 +443,43 @@ def test_own_runs_against_a_baseline_with_another_tokenizer(own_runs):
     assert "better or worse than first" in outcome.stdout
     assert "▲" in read_markdown(outcome.stdout)["second", ""]["mean of all"]
     assert "tests: 100%" in outcome.stderr
+
+
+def test_own_runs_against_a_baseline_have_intervals_of_their_means(own_runs, tmp_path):
+    words = (own_runs / "first", own_runs / "second", "--baseline", "first")
+    outcome = tabulate(*words, "--to", tmp_path)
+    cells = read_markdown(outcome.stdout)["second", ""]
+    assert "to" not in cells["en-nl"] and "95% of the draws" in outcome.stdout
+    (line,) = (
+        line
+        for line in read_csv(tmp_path / "table.csv")
+        if (line["row"], line["column"]) == ("second", "mean of all")
+    )
+    found = [float(line[name]) for name in ("low", "ours", "high")]
+    assert re.search(r"\((\S+) to (\S+)\)", cells["mean of all"]).groups() == (
+        f"{found[0]:.2f}",
+        f"{found[2]:.2f}",
+    )
+    # as on new draws for every direction
+    rng, means = np.random.default_rng(1), []
+    texts = [read_direction(own_runs / "second", name) for name in ("de-en", "en-de", "en-nl")]
+    for _ in range(300):
+        drawn = rng.integers(SIZE, size=SIZE)
+        means.append(np.mean([corpus_bleu(drawn, *pair) for pair in texts]))
+    assert found[::2] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.7)
+    assert not re.search(r"\d to \d", tabulate(*words, "--no-tests").stdout)
+
+
+def read_direction(run, direction):
+    folder = run / "evaluation" / "test"
+    return [
+        (folder / f"{direction}.{side}.txt").read_text().splitlines() for side in ("hyp", "ref")
+    ]
+
+
+def corpus_bleu(drawn, *texts):
+    hypotheses, references = [[lines[i] for i in drawn] for lines in texts]
+    return BLEU().corpus_score(hypotheses, [references]).score
 
 
 # --------------------------------------------------------------------------------------
