@@ -35,6 +35,8 @@ REQUIREMENTS = [
     "sentencepiece>=0.2",
     # --ddp-backend fully_sharded; the last release
     "fairscale==0.4.13",
+    # weights of packed models
+    "safetensors>=0.4",
     # progress bars of the data steps
     "tqdm",
 ]

@@ -1,9 +1,10 @@
 """Stratified mixture-of-experts translation for fairseq (Xu et al. 2023, arXiv 2305.02176).
 
 fairseq loads this package through ``--user-dir``. Without fairseq, it can be imported for
-``SMoEBlock``.
+``SMoEBlock``. ``Translator`` translates text with a trained model.
 """
 
+import importlib
 import sys
 
 __version__ = "0.1.0"
@@ -19,6 +20,9 @@ def __getattr__(name):
         from fairseq_smoe.moe.block import SMoEBlock
 
         return SMoEBlock
+    if name == "Translator":
+        importlib.import_module("fairseq_smoe.evaluation").set_up_fairseq()
+        return importlib.import_module("fairseq_smoe.inference.translator").Translator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

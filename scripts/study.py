@@ -1,6 +1,6 @@
 """Runs the trainings of the study (results/study/PLAN.md), and keeps what they come to.
 
-    python scripts/study.py --data data/study-m4 --runs runs/study            all that are not done
+    python scripts/study.py --data data --runs runs/study            all that are not done
     python scripts/study.py --data ... --runs ... --group rate                one step of the plan
     python scripts/study.py --runs runs/study --only-collect                  only write the CSV files
 
@@ -65,6 +65,10 @@ class Training:
     def folder(self, runs):
         return runs / self.group / self.name
 
+    def prepared(self, data):
+        """Folder of the benchmark's text, of all that prepare has made."""
+        return data / Path(self.benchmark).stem
+
     def is_trained(self, runs):
         log = self.folder(runs) / "train.log"
         if log.exists():
@@ -86,7 +90,8 @@ class Training:
         if self.upcycle:
             begin = {"--finetune-from-model": folder / "upcycled.pt"}
             if not (folder / "upcycled.pt").exists():
-                self._train("dense", folder / "dense", data, {**self.options, **self.upcycle["dense"]})
+                options = {**self.options, **self.upcycle["dense"]}
+                self._train("dense", folder / "dense", data, options)
                 dense = folder / "dense" / "checkpoints" / "checkpoint_last.pt"
                 options = words_of(self.upcycle["convert"])
                 call("convert", "upcycle", dense, folder / "upcycled.pt", *options)
@@ -94,13 +99,15 @@ class Training:
 
     def _train(self, row, folder, data, options):
         call(
-            *("train", STUDY / self.benchmark, row, "--data", data, "--run", folder, "--cpu"),
-            *("--seed", self.seed, "--lr", self.lr, "--max-tokens", "2000", *words_of(options)),
+            *("train", STUDY / self.benchmark, row, "--data", self.prepared(data)),
+            *("--run", folder, "--cpu", "--max-tokens", "2000"),
+            *("--seed", self.seed, "--lr", self.lr, *words_of(options)),
         )
 
     def translate(self, runs, data):
         call(
-            *("evaluate", "--run", self.folder(runs), "--data", data, "--cpu", "--processes", "1"),
+            *("evaluate", "--run", self.folder(runs), "--data", self.prepared(data)),
+            *("--cpu", "--processes", "1"),
             *("--checkpoint", self.folder(runs) / "checkpoints" / "checkpoint_last.pt"),
             *("--subset", ",".join(self.subsets), "--max-len-b", "100"),
             *("--metrics", "bleu", "chrf++"),
@@ -223,7 +230,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="output of prepare")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the output of prepare for each benchmark, named as it: study-m4")
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="run folders")
     parser.add_argument("--group", help="only this step of the plan")
     parser.add_argument("--only-collect", action="store_true", help="train nothing")
@@ -232,7 +239,7 @@ def main():
     if args.group not in (None, *groups):
         parser.error(f"--group {args.group}: expected {', '.join(sorted(groups))}")
     if args.data is None and not args.only_collect:
-        parser.error("--data: give the folder that prepare has made")
+        parser.error("--data: give the folder of what prepare has made")
     tried = set()
     while not args.only_collect:
         # read anew each time, as the list may have become longer meanwhile

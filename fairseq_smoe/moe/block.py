@@ -308,6 +308,26 @@ class SMoEBlock(nn.Module):
             losses.append(own_losses)
         return tokens_TD, passes_T, gates, losses
 
+    def places(self, stats):
+        """Which tokens were at each gate in a forward pass in evaluation, without padding.
+
+        Args:
+            stats: the :class:`BlockStats` of the pass.
+
+        Returns:
+            for each gate a list of indices of tokens, in the order in which its record has them if
+            it has no ``here_T``.
+        """
+        stratum_T = torch.zeros(stats.passes.numel(), dtype=torch.long)
+        found = []
+        for i, (record, visible) in enumerate(zip(stats.gates, self.visible)):
+            here_H = (stratum_T == i).nonzero().squeeze(1)
+            best_T = record.best_T.cpu()
+            best_H = best_T if record.here_T is None else best_T[here_H]
+            stratum_T[here_H] = self.stratum_of_expert.cpu()[best_H + visible.start] + 1
+            found.append(here_H.tolist())
+        return found
+
     def _next_stratum(self, best_T):
         """The stratum that each token goes to; behind the last one, it leaves the block."""
         next_T = self.stratum_of_expert[best_T] + 1

@@ -40,12 +40,15 @@ class LanguageTokens:
 
         Args:
             prefix_tokens: (B, P) words of the target, or None.
-            sample: the batch.
+            sample: the batch. If it has sentences of several directions, ``first_tokens``, (B,),
+                has the target's token of each.
         """
         if self.target is None:
             return prefix_tokens
         src_tokens = sample["net_input"]["src_tokens"]
         token = src_tokens.new_full((len(src_tokens), 1), self.target)
+        if "first_tokens" in sample:
+            token = sample["first_tokens"].unsqueeze(1)
         return token if prefix_tokens is None else torch.cat([token, prefix_tokens], 1)
 
     def prepare(self, generator):

@@ -65,6 +65,9 @@ class StackedMoEBlock(SMoEBlock):
     def expected_visits(self):
         return [1.0] * len(self.strata)
 
+    def places(self, stats):
+        return [list(range(stats.passes.numel()))] * len(self.strata)
+
     def _visible_experts(self):
         return own_experts(self.strata)
 

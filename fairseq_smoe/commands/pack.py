@@ -1,0 +1,51 @@
+"""Put all that translation needs into one folder."""
+
+from pathlib import Path
+
+from fairseq_smoe.errors import OptionError
+
+
+def add_arguments(parser):
+    parser.epilog = "docs/translate.md says what is in the folder."
+    parser.add_argument("model", type=Path, help="checkpoint, or folder of a training")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="instead: compare a packed model with its checksums",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="output of prepare (default: that of the training)"
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="folder of the training, with the evaluation and the command for the model card "
+        "(default: the folder of the checkpoint, or the one above)",
+    )
+    parser.add_argument("--name", help="of the model, for its card (default: that of the training)")
+    parser.add_argument(
+        "--license", default="unknown", metavar="ID", help="for the card, as the Hugging Face hub "
+        "names licences: mit, cc-by-4.0, ... (default: %(default)s)"
+    )  # fmt: skip
+
+
+def run(args):
+    from fairseq_smoe.evaluation import set_up_fairseq
+
+    set_up_fairseq()
+    from fairseq_smoe.inference import packed
+    from fairseq_smoe.inference.model_card import model_card
+
+    if args.verify:
+        packed.verify(args.model)
+        print(f"{args.model}: complete, all checksums agree")
+        return
+    if args.to is None:
+        raise OptionError("--to: give the folder to make")
+    card = model_card(args.model, args.run, args.data, args.name or args.to.name, args.license)
+    packed.pack(args.model, args.to, args.data, card)
+    size = sum(path.stat().st_size for path in args.to.iterdir())
+    print(f"{args.to}: {size / 1e6:.1f} MB; translate with it:")
+    print(f"  python -m fairseq_smoe translate {args.to} --source ... --target ...")

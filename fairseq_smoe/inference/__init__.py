@@ -1,0 +1,1 @@
+"""Translating text: the Python API, packed models, and files of any length."""

@@ -1,0 +1,59 @@
+"""From a path that a user gives to models that translate."""
+
+from pathlib import Path
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation import set_up_fairseq
+from fairseq_smoe.inference.sources import SPM, Loaded, read_checkpoint
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_models(paths, data=None, dtype="float32"):
+    """Load one model, or several that translate together.
+
+    Args:
+        paths: one or a list; see :meth:`~fairseq_smoe.inference.translator.Translator.load`.
+
+    Returns:
+        :class:`~fairseq_smoe.inference.sources.Loaded`
+
+    Raises:
+        OptionError: a file is missing, or the models have different vocabularies or languages.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype}: expected {' or '.join(DTYPES)}")
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not paths:
+        raise OptionError("no model: give a packed model, a checkpoint or the folder of a training")
+    set_up_fairseq()
+    loaded = [_load(Path(path), data) for path in paths]
+    first = loaded[0]
+    for path, other in zip(paths[1:], loaded[1:]):
+        ours, theirs = (each.task.source_dictionary for each in (first, other))
+        if ours.symbols != theirs.symbols or first.task.langs != other.task.langs:
+            raise OptionError(
+                f"{path}: has another vocabulary or other languages than {paths[0]}; models that "
+                "translate together need the same"
+            )
+    models = [model for each in loaded for model in each.models]
+    if dtype != "float32":
+        import torch
+
+        models = [model.to(getattr(torch, dtype)) for model in models]
+    return Loaded(models, first.task, first.spm, first.directions)
+
+
+def _load(path, data):
+    from fairseq_smoe.inference import packed
+
+    if packed.is_packed(path):
+        if data is not None:
+            raise OptionError(f"data {data}: {path} is a packed model, which needs none; leave it out")
+        return packed.load(path)
+    from fairseq_smoe.evaluation.saved_model import trained_directions
+
+    saved, folder = read_checkpoint(path, data)
+    directions = trained_directions(saved)
+    model, task = saved.build(directions)
+    return Loaded([model], task, folder / SPM, [tuple(d.split("-")) for d in directions])

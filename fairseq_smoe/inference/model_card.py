@@ -1,0 +1,127 @@
+"""The model card of a packed model: Markdown with the front matter of the Hugging Face hub."""
+
+import json
+import re
+import shlex
+
+from fairseq_smoe.accounting.flops import count_parameters, flops_per_token
+from fairseq_smoe.benchmarks.runs import RUN_FILE
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.saved_model import trained_directions
+from fairseq_smoe.evaluation.scoring import SCORES_FILE
+from fairseq_smoe.inference.sources import find_checkpoint, read_checkpoint
+
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def model_card(path, run, data, name, license_id):
+    """The text of the card.
+
+    Args:
+        path, data: see :func:`~fairseq_smoe.inference.sources.read_checkpoint`.
+        run: folder with ``evaluation/`` and ``run.json``; None to look beside the checkpoint.
+        name: title.
+        license_id: as the hub names licences.
+
+    Raises:
+        OptionError: the licence is no name of the hub's form.
+    """
+    if not LICENSE.fullmatch(license_id):
+        raise OptionError(f"--license {license_id}: expected a name such as mit or cc-by-4.0")
+    checkpoint = find_checkpoint(path)
+    saved, _ = read_checkpoint(path, data)
+    directions = trained_directions(saved)
+    updates = saved.num_updates
+    model, _ = saved.build(directions)
+    flops = flops_per_token(model, model_options(saved))
+    found = [folder for folder in (checkpoint.parent, checkpoint.parent.parent) if run is None]
+    runs = found if run is None else [run]
+    languages = "".join(f"- {language}\n" for language in saved.languages())
+    facts = [
+        f"| parameters | {count_parameters(model):,} |",
+        f"| forward FLOPs a token | {flops / 1e6:.1f} million, under uniform gates |",
+        f"| experts | {describe_experts(saved)} |",
+        f"| updates | {updates:,} |",
+        f"| directions | {', '.join(directions)} |",
+    ]
+    command = next(filter(None, map(_training_command, runs)), None)
+    trained = "" if command is None else f"\n## Training\n\n    {command}\n"
+    scores = next(filter(None, map(_scores, runs)), "")
+    return f"""---
+license: {license_id}
+language:
+{languages}tags:
+- translation
+- mixture-of-experts
+- fairseq-smoe
+pipeline_tag: translation
+---
+
+# {name}
+
+A multilingual translation model with experts in strata (Xu et al. 2023, arXiv 2305.02176), trained
+with fairseq-smoe.
+
+| | |
+|---|---|
+{chr(10).join(facts)}
+
+## Use
+
+    from fairseq_smoe import Translator
+
+    translator = Translator.load("PATH OF THIS FOLDER")
+    print(translator.translate("...", "{directions[0].split("-")[0]}", "{directions[0].split("-")[1]}").text)
+
+or `python -m fairseq_smoe translate PATH --source ... --target ...`.
+{scores}{trained}"""
+
+
+def model_options(saved):
+    """The model's options, with the decoder's sizes that follow the encoder's."""
+    from copy import copy
+
+    options = copy(saved.model_options)
+    if options.decoder_embed_dim is None:
+        options.decoder_embed_dim = options.encoder_embed_dim
+    return options
+
+
+def describe_experts(saved):
+    """``strata 4-4 in every 2nd layer``"""
+    from fairseq_smoe.moe.strata import format_strata
+    from fairseq_smoe.translation.options import expert_layer_period, resolve_strata
+
+    options = saved.model_options
+    periods = {side: expert_layer_period(options, side) for side in ("encoder", "decoder")}
+    if not any(periods.values()):
+        return "none, dense"
+    where = ", ".join(f"{side}: every {n} layers" for side, n in periods.items() if n)
+    return f"strata {format_strata(resolve_strata(options))} ({where})"
+
+
+def _training_command(run):
+    path = run / RUN_FILE
+    if not path.exists():
+        return None
+    command = json.loads(path.read_text()).get("command")
+    return shlex.join(command) if isinstance(command, list) else command
+
+
+def _scores(run):
+    path = run / "evaluation" / "test" / SCORES_FILE
+    if not path.exists():
+        return None
+    directions = json.loads(path.read_text())["directions"]
+    lines = [
+        f"| {name} | {_score(facts, 'bleu')} | {_score(facts, 'chrf++')} |"
+        for name, facts in directions.items()
+    ]
+    table = "\n".join(["| direction | BLEU | chrF++ |", "|---|---:|---:|", *lines])
+    return f"\n## Scores\n\nsacreBLEU, on the test set of the training data.\n\n{table}\n"
+
+
+def _score(facts, metric):
+    score = facts.get(metric)
+    score = score["score"] if isinstance(score, dict) else score
+    return "" if score is None else f"{score:.1f}"

@@ -1,0 +1,263 @@
+"""``fairseq_smoe.Translator``: text in, text out."""
+
+import logging
+import math
+import threading
+
+import torch
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.batches import TokenBudget
+from fairseq_smoe.inference.capacity import capacity_of
+from fairseq_smoe.inference.directions import DirectionTasks, Search
+from fairseq_smoe.inference.loading import load_models
+from fairseq_smoe.inference.long_text import LONG_TEXT, split_text
+from fairseq_smoe.inference.results import Hypothesis, Translated
+from fairseq_smoe.inference.text_coder import TextCoder
+from fairseq_smoe.translation.shortened import shorten
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 12000  # source tokens of a batch, as evaluate has on a CPU
+
+
+class Translator:
+    """Translates lists of strings with a trained model, or several together.
+
+    The translations are those of fairseq-generate with the same options, whatever else is
+    translated at the same time. Calls from several threads wait for one another.
+
+    Make one with :meth:`load`.
+
+    Attributes:
+        languages: codes of all languages that the model knows.
+        directions: ``(source, target)`` of all directions in which it was trained.
+        device: a ``torch.device``.
+    """
+
+    def __init__(self, models, task, spm, directions, device):
+        self.languages = list(task.langs)
+        self.directions = list(directions)
+        self.device = device
+        self._models = [model.to(device) for model in models]
+        self._tasks = DirectionTasks(task, self._models)
+        self._coder = TextCoder(spm, task.source_dictionary)
+        self._longest = min(
+            task.max_positions()[0], *(model.max_positions()[0] for model in self._models)
+        )
+        self._warned = set()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path, data=None, device="cpu", threads=None, dtype="float32"):
+        """Load a model.
+
+        Args:
+            path: a packed model (``python -m fairseq_smoe pack``), a checkpoint, or the folder of a
+                training; of a list of these, the models translate together (an ensemble).
+            data: folder that ``prepare`` has made, with dictionary and SentencePiece model.
+                Default: that of the training, or the folder of the checkpoint.
+            device: such as ``"cpu"`` or ``"cuda"``.
+            threads: of torch in this process; None leaves torch's number.
+            dtype: "float32", "bfloat16" or "float16" (GPUs).
+
+        Raises:
+            OptionError: a file is missing, damaged, or does not fit to another.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = load_models(path, data, dtype)
+        return cls(loaded.models, loaded.task, loaded.spm, loaded.directions, torch.device(device))
+
+    def translate(
+        self,
+        texts,
+        source,
+        target,
+        *,
+        beam=5,
+        n_best=1,
+        lenpen=1.0,
+        sampling_topp=None,
+        max_len=200,
+        max_tokens=MAX_TOKENS,
+        long_text="split",
+        with_scores=False,
+        with_capacity=False,
+    ):
+        """Translate.
+
+        Args:
+            texts: a string, or a list of strings.
+            source, target: languages, the same for all texts or a list with one for each.
+            beam: beam size.
+            n_best: number of translations of each text, at most ``beam``.
+            lenpen: above 1 favours longer translations.
+            sampling_topp: draw from the smallest set of tokens that have this probability together,
+                instead of searching for the best translation.
+            max_len: tokens of a translation, at most.
+            max_tokens: source tokens of a batch, at most; does not change translations.
+            long_text: what to do with a text that is longer than the model takes: "split" it into
+                sentences, or "shorten" it as fairseq-generate of this project does, or "refuse".
+            with_scores: return scores as well.
+            with_capacity: return the passes of each token as well.
+
+        Returns:
+            :class:`~fairseq_smoe.inference.results.Translated`, or a list of them. A text without
+            words has an empty translation.
+
+        Raises:
+            OptionError: a language is unknown, or an option is out of range.
+        """
+        if isinstance(texts, str):
+            options = dict(beam=beam, n_best=n_best, lenpen=lenpen, sampling_topp=sampling_topp)
+            options |= dict(max_len=max_len, max_tokens=max_tokens, long_text=long_text)
+            options |= dict(with_scores=with_scores, with_capacity=with_capacity)
+            return self.translate([texts], source, target, **options)[0]
+        texts = list(texts)
+        directions = list(zip(self._each(source, texts), self._each(target, texts), strict=True))
+        search = Search(beam, n_best, lenpen, max_len, sampling_topp)
+        _check(search, max_tokens, long_text)
+        for direction in dict.fromkeys(directions):
+            self._check_direction(*direction)
+        parts = [self._parts(text, long_text, i) for i, text in enumerate(texts)]
+        jobs = [(d, part) for d, own in zip(directions, parts) for part in own]
+        with self._lock, torch.inference_mode():
+            found = self._search(jobs, search, max_tokens)
+            capacities = [None] * len(jobs)
+            if with_capacity and self.has_experts:
+                capacities = [self._capacity(job, best) for job, (best, *_) in zip(jobs, found)]
+        done, translated = 0, []
+        for direction, own in zip(directions, parts):
+            hypotheses = [self._hypotheses(h, with_scores) for h in found[done : done + len(own)]]
+            capacity = tuple(capacities[done : done + len(own)]) if with_capacity else None
+            done += len(own)
+            joined = tuple(map(_join, zip(*hypotheses))) or (_empty(with_scores),) * n_best
+            capacity = capacity if self.has_experts else None
+            translated.append(Translated(joined[0].text, joined, *direction, capacity))
+        return translated
+
+    @property
+    def has_experts(self):
+        from fairseq_smoe.translation.layers import expert_layers
+
+        return bool(expert_layers(self._models[0]))
+
+    def check(self, source, target, **options):
+        """Check arguments of :meth:`translate` before there is text.
+
+        Raises:
+            OptionError: as :meth:`translate`.
+        """
+        self.translate([], source, target, **options)
+        self._check_direction(source, target)
+
+    def _each(self, language, texts):
+        return [language] * len(texts) if isinstance(language, str) else list(language)
+
+    def _check_direction(self, source, target):
+        for name, language in (("source", source), ("target", target)):
+            if language not in self.languages:
+                raise OptionError(
+                    f"{name} {language}: the model knows {', '.join(self.languages)}; choose one "
+                    "of them"
+                )
+        if (source, target) not in self.directions and (source, target) not in self._warned:
+            self._warned.add((source, target))
+            logger.warning(f"{source}-{target}: the model was not trained in this direction")
+
+    def _parts(self, text, long_text, index):
+        """The parts of a text that are translated by themselves, as tokens."""
+        if not text.strip():
+            return []
+        room = self._longest - 1  # the source's language token
+        if self._coder.length(text) <= room:
+            return [self._coder.encode(text)]
+        if long_text == "refuse":
+            raise OptionError(
+                f"text {index + 1}: has {self._coder.length(text)} tokens, and the model takes "
+                f"{room}; split it, or give long_text='split'"
+            )
+        parts = [text]
+        if long_text == "split":
+            parts = split_text(text, lambda part: self._coder.length(part) <= room)
+        return [shorten(self._coder.encode(part), room) for part in parts]
+
+    def _search(self, jobs, search, max_tokens):
+        """fairseq's hypotheses of each ``((source, target), tokens)``."""
+        items = [self._tasks.encode(*job) for job in jobs]
+        found = [None] * len(jobs)
+
+        def translate_batch(batch):
+            directions = [jobs[i][0] for i in batch]
+            hypotheses = self._tasks.search(
+                directions, [items[i] for i in batch], search, self.device
+            )
+            for i, own in zip(batch, hypotheses):
+                found[i] = own[: search.n_best]
+
+        groups = {}
+        for i, (direction, _) in enumerate(jobs):
+            groups.setdefault(None if self._tasks.mixes() else direction, []).append(i)
+        for group in groups.values():
+            sizes = [len(items[i]["source"]) for i in group]
+            TokenBudget(max_tokens).for_each_batch(
+                sizes, lambda batch, group=group: translate_batch([group[i] for i in batch])
+            )
+        return found
+
+    def _hypotheses(self, found, with_scores):
+        return [self._hypothesis(hypothesis, with_scores) for hypothesis in found]
+
+    def _hypothesis(self, found, with_scores):
+        hidden = self._tasks.of(*self._tasks.any_direction()).language_tokens.all_targets
+        tokens = found["tokens"]
+        pieces = self._coder.pieces(tokens, hidden)
+        score = piece_scores = None
+        if with_scores:
+            score = float(found["score"]) / math.log(2)
+            own = (found["positional_scores"] / math.log(2)).tolist()
+            piece_scores = tuple(s for t, s in zip(tokens.tolist(), own) if t not in hidden)
+        return Hypothesis(self._coder.text(pieces), score, tuple(pieces), piece_scores)
+
+    def _capacity(self, job, best):
+        direction, tokens = job
+        task = self._tasks.of(*direction)
+        source = self._tasks.encode(direction, tokens)["source"]
+        self._tasks.set_beam_size(1)
+        return capacity_of(self._models[0], source, best["tokens"].cpu(), task, self._coder)
+
+
+def _empty(with_scores):
+    return Hypothesis("", *((0.0, (), ()) if with_scores else (None, (), None)))
+
+
+def _join(parts):
+    """One hypothesis of those of all parts of a text."""
+    if len(parts) == 1:
+        return parts[0]
+    text = " ".join(part.text for part in parts)
+    pieces = tuple(piece for part in parts for piece in part.pieces)
+    if parts[0].score is None:
+        return Hypothesis(text, None, pieces, None)
+    scores = tuple(score for part in parts for score in part.piece_scores)
+    mean = sum(part.score * len(part.piece_scores) for part in parts) / len(scores)
+    return Hypothesis(text, mean, pieces, scores)
+
+
+def _check(search, max_tokens, long_text):
+    for name, value, fits, expected in (
+        ("beam", search.beam, search.beam >= 1, "1 or more"),
+        ("n_best", search.n_best, 1 <= search.n_best <= search.beam, f"1 to beam ({search.beam})"),
+        ("max_len", search.max_len, search.max_len >= 1, "1 or more"),
+        ("max_tokens", max_tokens, max_tokens >= 1, "1 or more"),
+        ("long_text", long_text, long_text in LONG_TEXT, " or ".join(LONG_TEXT)),
+        (
+            "sampling_topp",
+            search.sampling_topp,
+            search.sampling_topp is None or 0 < search.sampling_topp <= 1,
+            "above 0, up to 1",
+        ),
+    ):
+        if not fits:
+            raise OptionError(f"{name} {value}: expected {expected}")
