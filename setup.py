@@ -50,6 +50,12 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "moefy": ["pymetis"],  # convert moefy --moefy-split graph
     "comet": ["unbabel-comet>=2.2"],  # brings numpy 1.26
+    "serve": [
+        "starlette>=0.40",
+        "uvicorn>=0.30",
+        "prometheus-client",
+        "babel",  # names and codes of languages
+    ],
     "demo": [
         "polib",  # reads gettext catalogues
         "matplotlib",
@@ -61,6 +67,9 @@ EXTRAS = {
         "pytest-xdist",  # two test processes at a time
         "hypothesis",
         "import-linter",  # the contract about rooms
+        "libretranslatepy",  # clients of the server
+        "transpolibre",
+        "playwright",  # drives a Chromium that is installed
         "tensorboard",
     ],
 }
@@ -73,7 +82,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_smoe", "fairseq_smoe.*"]),
-    package_data={"fairseq_smoe": ["benchmarks/*"]},
+    package_data={"fairseq_smoe": ["benchmarks/*", "serving/page/*"]},
     python_requires=">=3.11,<3.13",  # fairseq has no wheels for later ones
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

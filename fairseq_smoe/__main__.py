@@ -21,6 +21,7 @@ COMMANDS = {
     "plot": "draw requested capacity, experts and training curves",
     "checkpoint": "inspect, merge, split, strip and average checkpoints",
     "convert": "make a trained model into a mixture of experts, or into a smaller one",
+    "serve": "serve translations over HTTP, with a page for the browser",
     "pack": "put all that translation needs into one folder",
     "flops": "print parameters and FLOPs of every row of a table",
     "scaling": "compute what ranks send and hold when they share experts",

@@ -24,7 +24,7 @@ if [[ ! -e $installed ]]; then
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     # first, to pin the version: the newest torch may be a download of gigabytes
     "$venv/bin/pip" install --quiet torch==2.13.0
-    "$venv/bin/pip" install --quiet --editable ".[test,demo,data]"
+    "$venv/bin/pip" install --quiet --editable ".[test,demo,data,serve]"
     touch "$installed"
 fi
 

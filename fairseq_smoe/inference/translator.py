@@ -33,9 +33,11 @@ class Translator:
         languages: codes of all languages that the model knows.
         directions: ``(source, target)`` of all directions in which it was trained.
         device: a ``torch.device``.
+        spm: path of the SentencePiece model.
     """
 
     def __init__(self, models, task, spm, directions, device):
+        self.spm = spm
         self.languages = list(task.langs)
         self.directions = list(directions)
         self.device = device

@@ -1,0 +1,1 @@
+"""Translation over HTTP: the interface of LibreTranslate, and a page that shows the passes."""
