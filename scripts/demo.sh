@@ -109,7 +109,7 @@ install() {
     "$python" -m venv "$venv" # if the module is missing, python says what to install
     # first, to pin the version: the newest torch may be a download of gigabytes
     "$venv/bin/pip" install torch==2.13.0
-    "$venv/bin/pip" install ".[demo]"
+    "$venv/bin/pip" install ".[demo,serve]"
 }
 
 collect() {
@@ -195,13 +195,12 @@ closing_words() {
 
 table:        $out/table.md
 pictures:     $out/pictures/$model/test/capacity-directions.png and others in this folder
+in a browser: $venv/bin/python -m fairseq_smoe serve $out/$model
 translations: $out/$model/evaluation/test
 checkpoints:  ${MODELS[*]/%//checkpoints} in $out
 Translate a sentence of your own (any direction of the table):
-  echo "Unable to delete the page." | $venv/bin/fairseq-interactive $out/data \\
-    --user-dir $user_dir --path $out/$model/checkpoints/checkpoint_last.pt \\
-    --task smoe_translation --source-lang en --target-lang de --beam 5 --cpu \\
-    --bpe sentencepiece --sentencepiece-model $out/data/spm.model
+  echo "Unable to delete the page." | $venv/bin/python -m fairseq_smoe translate $out/$model \\
+    --source en --target de
 END
 }
 

@@ -230,7 +230,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the output of prepare for each benchmark, named as it: study-m4")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with the output of prepare for each benchmark, named as it: study-m4",
+    )
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="run folders")
     parser.add_argument("--group", help="only this step of the plan")
     parser.add_argument("--only-collect", action="store_true", help="train nothing")

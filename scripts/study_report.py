@@ -170,7 +170,9 @@ def told_difference(pairs, digits):
 
 def told_bootstrap(pairs, text):
     """Interval of the mean difference in BLEU over draws from the test set."""
-    draws = mean_draws(a.draws(text) for a, _ in pairs) - mean_draws(b.draws(text) for _, b in pairs)
+    draws = mean_draws(a.draws(text) for a, _ in pairs) - mean_draws(
+        b.draws(text) for _, b in pairs
+    )
     low, high = np.percentile(draws, [2.5, 97.5])
     return f"{low:+.2f} to {high:+.2f}"
 
@@ -198,10 +200,13 @@ def ideas_table():
             ]
             cells.append(told(mean(x for x, _ in both)) if both else "")
             cells.append(each_difference(both) if row != plain else "")
-        both = [(rows[smoe][s].final("idev"), against[s].final("idev")) for s in seeds if s in against]
+        both = [
+            (rows[smoe][s].final("idev"), against[s].final("idev")) for s in seeds if s in against
+        ]
         lines.append([title(smoe), *cells, each_difference(both)])
     return markdown(
-        ["row", "vanilla", "by the idea", "stratified", "by the idea", "stratified - vanilla"], lines
+        ["row", "vanilla", "by the idea", "stratified", "by the idea", "stratified - vanilla"],
+        lines,
     )
 
 
@@ -227,7 +232,10 @@ def gap_table(*groups):
     gaps = all_gaps(*groups)
     starts = sorted({start for gap in gaps.values() for start in gap})
     lines = [
-        [f"{start + 1:,}-{start + BIN:,}", *(told(gap.get(start), 3, True) for gap in gaps.values())]
+        [
+            f"{start + 1:,}-{start + BIN:,}",
+            *(told(gap.get(start), 3, True) for gap in gaps.values()),
+        ]
         for start in starts
     ]
     return markdown(["updates", *map(title, gaps)], lines)
@@ -256,10 +264,15 @@ def draw_gaps(path, *groups):
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.axhline(0, color="#999999", linewidth=1)
     for number, (row, gap) in enumerate(all_gaps(*groups).items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS)]}
+        style = {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": LINES[number // len(COLOURS)],
+        }
         axes.plot([start + BIN / 2 for start in gap], gap.values(), label=title(row), **style)
     axes.set_xlabel("updates of 2,000 tokens")
-    axes.set_title("Training loss, distance to the vanilla mixture, bits a token", loc="left", fontsize=11)
+    axes.set_title(
+        "Training loss, distance to the vanilla mixture, bits a token", loc="left", fontsize=11
+    )
     axes.legend(frameon=False, ncols=2, fontsize=9)
     bare(axes)
     save(figure, path)

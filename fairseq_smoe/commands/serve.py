@@ -18,7 +18,9 @@ def add_arguments(parser):
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0 for all of this machine (default: %(default)s)",
     )
-    parser.add_argument("--port", type=int, default=5000, help="0: a free one (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=5000, help="0: a free one (default: %(default)s)"
+    )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="output of prepare (default: that of the training)"
     )
@@ -68,7 +70,11 @@ def add_arguments(parser):
         "--max-body", type=int, default=1_000_000, metavar="BYTES", help="(default: %(default)s)"
     )
     group.add_argument(
-        "--max-texts", type=int, default=500, metavar="N", help="of a request (default: %(default)s)"
+        "--max-texts",
+        type=int,
+        default=500,
+        metavar="N",
+        help="of a request (default: %(default)s)",
     )
     group.add_argument(
         "--max-characters", type=int, default=20_000, metavar="N", help="(default: %(default)s)"

@@ -130,5 +130,3 @@ def run(args):
         return translator
 
     translate_lines(make_translator, job, args.input, args.output, processes)
-
-

@@ -1,7 +1,6 @@
 """Batches of sentences in several directions."""
 
 from argparse import Namespace
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace

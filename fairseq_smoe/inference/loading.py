@@ -49,7 +49,9 @@ def _load(path, data):
 
     if packed.is_packed(path):
         if data is not None:
-            raise OptionError(f"data {data}: {path} is a packed model, which needs none; leave it out")
+            raise OptionError(
+                f"data {data}: {path} is a packed model, which needs none; leave it out"
+            )
         return packed.load(path)
     from fairseq_smoe.evaluation.saved_model import trained_directions
 

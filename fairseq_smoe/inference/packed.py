@@ -204,5 +204,3 @@ def _joint_dictionary(saved, directions):
             "train with one for all"
         )
     return first
-
-

@@ -20,9 +20,7 @@ class TextCoder:
     def encode(self, text):
         """(S,) int64: the text's pieces and the end of the sentence."""
         pieces = " ".join(self._processor.encode(text, out_type=str))
-        return self._dictionary.encode_line(
-            pieces, append_eos=True, add_if_not_exist=False
-        ).long()
+        return self._dictionary.encode_line(pieces, append_eos=True, add_if_not_exist=False).long()
 
     def pieces(self, tokens, hidden=()):
         """The pieces of (T,) tokens, without the end of the sentence and those in ``hidden``."""
@@ -40,4 +38,3 @@ class TextCoder:
     def length(self, text):
         """Number of tokens of the text, with the end of the sentence."""
         return len(self._processor.encode(text)) + 1
-

@@ -32,11 +32,12 @@ HEADERS = {
 }
 
 
-def make_app(server):
+def make_app(server, started=lambda: None):
     """The application.
 
     Args:
         server: :class:`~fairseq_smoe.serving.server.Server`
+        started: called when signals are handled.
     """
     page = resources.files("fairseq_smoe") / "serving" / "page"
     files = {path: ((page / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
@@ -49,7 +50,9 @@ def make_app(server):
         except TimeoutError:
             raise RequestError(408, f"no body within {limits.timeout:g} seconds") from None
         fields = parse_body(body, request.headers.get("content-type", ""))
-        key = fields.get("api_key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        key = fields.get("api_key") or request.headers.get("authorization", "").removeprefix(
+            "Bearer "
+        )
         if not server.keys.accept(key):
             raise RequestError(403, "api_key: give a valid one")
         wait = server.rate.wait(request.client.host if request.client else "")
@@ -96,6 +99,7 @@ def make_app(server):
 
     @asynccontextmanager
     async def lifespan(app):
+        started()
         yield
         # uvicorn has answered all requests by now
         await asyncio.to_thread(server.stop)
@@ -112,6 +116,4 @@ def make_app(server):
             )
         ),
     ]
-    return Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: no_such}
-    )
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: no_such})

@@ -24,8 +24,13 @@ def serve(args):
     port = listening.getsockname()[1]
     print("loading the model ...", file=sys.stderr, flush=True)
     server = make_server(args)
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+
+    def tell():
+        print(f"http://{shown}:{port}/", file=sys.stderr, flush=True)
+
     config = uvicorn.Config(
-        make_app(server),
+        make_app(server, tell),
         log_level="info" if args.log_requests else "warning",
         access_log=args.log_requests,
         server_header=False,
@@ -33,10 +38,8 @@ def serve(args):
         timeout_graceful_shutdown=int(args.timeout) + 5,
         lifespan="on",
     )
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"http://{shown}:{port}/", file=sys.stderr, flush=True)
     # uvicorn raises the signal once more when it has finished
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with listening:
         uvicorn.Server(config).run([listening])
 

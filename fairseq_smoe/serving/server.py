@@ -48,9 +48,7 @@ def make_server(args):
     for flag, value in (("--wait", args.wait), ("--requests-per-minute", args.requests_per_minute)):
         if value < 0:
             raise OptionError(f"{flag} {value}: expected 0 or more")
-    limits = Limits(
-        args.max_body, args.max_texts, args.max_characters, args.beam - 1, args.timeout
-    )
+    limits = Limits(args.max_body, args.max_texts, args.max_characters, args.beam - 1, args.timeout)
     keys = Keys(args.keys)
     queue = JobQueue(args.queue_tokens, args.batch_tokens, args.wait / 1000)
     load = dict(path=_paths(args.model), data=args.data, device=args.device)

@@ -41,7 +41,9 @@ class TranslationService:
         try:
             self._queue.put(jobs)
         except QueueFull:
-            raise RequestError(503, "too much waits to be translated", {"Retry-After": "1"}) from None
+            raise RequestError(
+                503, "too much waits to be translated", {"Retry-After": "1"}
+            ) from None
         translated = iter(await self._results(jobs, gone))
         return self._answer(request, [[next(translated) for _ in own] for own in lines])
 
@@ -90,7 +92,12 @@ class TranslationService:
             answer["alternatives"] = others if request.is_list else others[0]
         if request.with_capacity:
             direction = request.source, request.target
-            own = [capacity for lines in translated for line in lines for capacity in line.capacity or ()]
+            own = [
+                capacity
+                for lines in translated
+                for line in lines
+                for capacity in line.capacity or ()
+            ]
             answer["capacity"] = [self._capacity(direction, each) for each in own]
             answer["directionCapacity"] = self._mean(direction)
         return answer

@@ -43,6 +43,7 @@ def test_every_pass_visits_experts_that_its_gate_sees(name, spoken_data, tmp_pat
 def test_passes_are_those_of_the_model(spoken):
     """As when the model runs over the same sentence in a batch with padding."""
     import torch
+
     from fairseq_smoe.translation.layers import expert_layers
 
     translator = Translator.load(spoken)

@@ -17,7 +17,9 @@ DIRECTION = ("--source", "en", "--target", "aa")
 
 def translate(model, *words, stdin=b"", check=True):
     """The real command."""
-    done = subprocess.run(command(model, *words), input=stdin, capture_output=True, env=environment())
+    done = subprocess.run(
+        command(model, *words), input=stdin, capture_output=True, env=environment()
+    )
     if check:
         assert done.returncode == 0, done.stderr.decode()
     return done

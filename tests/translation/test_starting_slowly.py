@@ -10,7 +10,11 @@ from fairseq_smoe.plots.train_log import read_log
 
 @pytest.mark.parametrize(
     "options",
-    [("--smoe-strata", "2-2-2"), ("--smoe-strata", "4"), ("--smoe-strata", "2-2", "--smoe-stacking")],
+    [
+        ("--smoe-strata", "2-2-2"),
+        ("--smoe-strata", "4"),
+        ("--smoe-strata", "2-2", "--smoe-stacking"),
+    ],
     ids=" ".join,
 )
 def test_depth_init_divides_output_layers_by_the_root_of_the_depth(options, data):
