@@ -10,7 +10,7 @@ FLUSH_AT = 1 << 16  # tokens, or heads, of a block that are counted together: a 
 
 
 class RoutingCollector:
-    """Hooks on the expert layers of a model that count requested capacity and choices of experts.
+    """Hooks on the expert blocks of a model that count requested capacity and choices of experts.
 
     Tokens are those that the embedding looks up. In the encoder this is the source with its
     language token and end of sentence. In the decoder it is the *input* (``prev_output_tokens``),
@@ -39,7 +39,7 @@ class RoutingCollector:
             numbers[side] += 1
             block = _BlockCollector(layer, side, numbers[side], int(path[-1]) + 1, num_types)
             self.blocks.append(block)
-            self._handles.append(layer.register_forward_hook(self._counting_in(block)))
+            self._handles.append(layer.expert_block.register_forward_hook(self._counting_in(block)))
         embeddings = {getattr(model, side).embed_tokens for side in SIDES}
         self._handles += [e.register_forward_hook(self._remember) for e in embeddings]
 
@@ -63,8 +63,8 @@ class RoutingCollector:
         self._embedded = inputs[0].clone()
 
     def _counting_in(self, block):
-        def count(layer, *_):
-            block.add(self._embedded, layer.routing_stats)
+        def count(module, inputs, output):
+            block.add(self._embedded, output[1])
 
         return count
 

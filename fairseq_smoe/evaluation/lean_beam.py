@@ -1,6 +1,13 @@
 """fairseq's beam search without work whose results are not used."""
 
+import math
+
+import torch
 from fairseq.sequence_generator import EnsembleModel
+
+from fairseq_smoe.evaluation.step_decoder import StepDecoder, can_step
+
+STATE = "step"  # in fairseq's incremental state
 
 
 class LeanBeamModel(EnsembleModel):
@@ -9,12 +16,40 @@ class LeanBeamModel(EnsembleModel):
     The hypotheses are those of :class:`EnsembleModel`. For alignments, fairseq's generator keeps
     the attention of every hypothesis over the source, and reorders it at every step. It also
     reorders the encoder's output by beam, although all beams of a sentence have the same one.
+    Decoders are run by :class:`StepDecoder` if they have no parts that it does not know.
     """
 
-    def forward_decoder(self, *args, **kwargs):
+    def __init__(self, models):
+        super().__init__(models)
+        self._beam = 1
+        self._steps = None
+        if all(can_step(model.decoder) for model in models):
+            self._steps = [StepDecoder(model.decoder) for model in models]
+
+    def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
         """Log probabilities of the next token, and None for the attention."""
-        log_probs, _ = super().forward_decoder(*args, **kwargs)
-        return log_probs, None
+        if self._steps is None:
+            log_probs, _ = super().forward_decoder(
+                tokens, encoder_outs, incremental_states, temperature
+            )
+            return log_probs, None
+        found = []
+        for step, model, out, states in zip(
+            self._steps, self.models, encoder_outs, incremental_states
+        ):
+            if STATE not in states:
+                states[STATE] = step.start(out, self._beam)
+            logits_R1V = step.step(tokens, states[STATE]).unsqueeze(1).div_(temperature)
+            found.append(model.get_normalized_probs((logits_R1V, None), log_probs=True).squeeze(1))
+        if len(found) == 1:
+            return found[0], None
+        return torch.logsumexp(torch.stack(found), dim=0) - math.log(len(found)), None
+
+    def reorder_incremental_state(self, incremental_states, new_order):
+        if self._steps is None:
+            super().reorder_incremental_state(incremental_states, new_order)
+        for states in incremental_states if self._steps else ():
+            states[STATE].reorder(new_order)
 
     def reorder_encoder_out(self, encoder_outs, new_order):
         """Encoder states (S, B, D) of the rows ``new_order``. They only change when a sentence is
@@ -27,5 +62,6 @@ class LeanBeamModel(EnsembleModel):
     def set_decoder_beam_size(self, beam_size):
         """Let the beams of a sentence share the keys and values of the attention to the source.
         fairseq intends this, but calls the method on the model, and only the decoder has it."""
+        self._beam = beam_size
         for model in self.models:
             model.decoder.set_beam_size(beam_size)

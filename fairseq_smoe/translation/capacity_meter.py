@@ -4,7 +4,7 @@ from fairseq_smoe.translation.layers import expert_layers
 
 
 class CapacityMeter:
-    """Counts passes in forward hooks on the expert layers of some models.
+    """Counts passes in forward hooks on the expert blocks of some models.
 
     In generation, the encoder's tokens are the source tokens, and the decoder's are those of every
     beam and step.
@@ -20,11 +20,11 @@ class CapacityMeter:
         for model in models:
             for name, layer in expert_layers(model):
                 sums = self.layers.setdefault(name, [0, 0])  # shared by the models of an ensemble
-                layer.register_forward_hook(self._hook(sums))
+                layer.expert_block.register_forward_hook(self._hook(sums))
 
     def _hook(self, sums):
-        def count(layer, *_):
-            passes = layer.routing_stats.passes
+        def count(block, inputs, output):
+            passes = output[1].passes
             # not in place: one call may be in inference mode and the next one not
             sums[:] = sums[0] + passes.sum(), sums[1] + passes.gt(0).sum()
 

@@ -64,11 +64,11 @@ def test_translations_and_capacity_are_those_of_a_larger_memory(data, trained):
     steps = []
 
     def end_of_memory(module, inputs, output):
-        steps.append(inputs[0].shape[1])  # (1, sentences and their beams, D)
+        steps.append(inputs[0].shape[0])  # (sentences and their beams, D)
         if len(steps) > 2 and steps[-1] > 20:
             raise torch.OutOfMemoryError
 
-    hook = model.decoder.layers[0].register_forward_hook(end_of_memory)
+    hook = model.decoder.layers[0].self_attn.out_proj.register_forward_hook(end_of_memory)
     progress = []
     found = translator.translate("en-aa", "test", progress.append)
     hook.remove()
