@@ -34,7 +34,7 @@ def add_arguments(parser):
     )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     group.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16, float16 (default: %(default)s)"
+        "--dtype", default="float32", help="float32, bfloat16, float16 or int8 (default: %(default)s)"
     )
     group.add_argument("--beam", type=int, default=5, help="(default: %(default)s)")
     group.add_argument("--lenpen", type=float, default=1.0, help="(default: %(default)s)")

@@ -50,7 +50,7 @@ def add_arguments(parser):
     group = parser.add_argument_group("computing")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     group.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16, float16 (default: %(default)s)"
+        "--dtype", default="float32", help="float32, bfloat16, float16 or int8 (default: %(default)s)"
     )
     group.add_argument(
         "--processes",

@@ -9,12 +9,15 @@ Letters in names: R rows, that is hypotheses; B sentences, each with R / B rows;
 d dim of a head, L layers, T positions so far, S positions of the source.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import nn
 
+from fairseq_smoe.evaluation.int8 import Int8Linear
 from fairseq_smoe.translation.layers import ExpertLayerMixin
 
 ROOM = 32  # positions by which the memory of keys and values grows
@@ -61,7 +64,8 @@ def _is_plain_attention(attention):
         type(attention) is MultiheadAttention
         and attention.bias_k is None
         and not attention.add_zero_attn
-        and all(type(part) is nn.Linear for part in projections)
+        and len({type(part) for part in projections}) == 1
+        and type(attention.q_proj) in (nn.Linear, Int8Linear)
     )
 
 
@@ -107,8 +111,8 @@ class StepDecoder:
     def __init__(self, decoder):
         self._decoder = decoder
         self._layers = list(decoder.layers.children())
-        self._own = [_merge(a.self_attn, "q_proj", "k_proj", "v_proj") for a in self._layers]
-        self._source = [_merge(a.encoder_attn, "k_proj", "v_proj") for a in self._layers]
+        self._own = [_joint(a.self_attn, "q_proj", "k_proj", "v_proj") for a in self._layers]
+        self._source = [_joint(a.encoder_attn, "k_proj", "v_proj") for a in self._layers]
         self._heads = self._layers[0].self_attn.num_heads
 
     def start(self, encoder_out, beam):
@@ -125,8 +129,8 @@ class StepDecoder:
             mask_B11S = padding[0][::beam].logical_not()[:, None, None, :]
         source_BSD = source_SBD.transpose(0, 1).contiguous()
         source_L = []
-        for weight, bias in self._source:
-            keys, values = F.linear(source_BSD, weight, bias).chunk(2, dim=-1)
+        for project in self._source:
+            keys, values = project(source_BSD).chunk(2, dim=-1)
             source_L.append(tuple(self._split(part).contiguous() for part in (keys, values)))
         rows, dim = encoder_out["encoder_out"][0].shape[1:]
         shape = len(self._layers), 2, rows, self._heads, 0, dim // self._heads
@@ -158,8 +162,7 @@ class StepDecoder:
         return decoder.output_layer(decoder.layer_norm(x_RD))
 
     def _attend_to_target(self, i, layer, x_RD, own_XRHTd, position):
-        weight, bias = self._own[i]
-        joint_R3D = F.linear(layer.self_attn_layer_norm(x_RD), weight, bias)
+        joint_R3D = self._own[i](layer.self_attn_layer_norm(x_RD))
         query_RHd, *new = joint_R3D.unflatten(-1, (3, self._heads, -1)).unbind(1)
         for memory_RHTd, part_RHd in zip(own_XRHTd, new):
             memory_RHTd[:, :, position] = part_RHd
@@ -187,17 +190,27 @@ def _feed_forward(layer, x_RD):
     return x_RD + layer.fc2(hidden_RF)
 
 
-def _merge(attention, *names):
-    """Weight and bias of several projections in one. The projections' parameters become parts of
-    them, so that they take no more memory; a second call finds them so."""
+def _joint(attention, *names):
+    """A function that computes several projections of an attention at once."""
     parts = [getattr(attention, name) for name in names]
-    kinds = ("weight", "bias") if parts[0].bias is not None else ("weight",)
-    known = vars(attention).setdefault("merged", {})
-    for kind in kinds:
+    known = vars(attention).setdefault("joint", {})
+    if isinstance(parts[0], Int8Linear):
+        if names not in known:
+            known[names] = Int8Linear.joined(parts)
+        return known[names]
+    return partial(F.linear, **_merge(parts, names, known))
+
+
+def _merge(parts, names, known):
+    """``{"weight": ..., "bias": ...}`` of several projections in one. The projections' parameters
+    become parts of them, so that they take no more memory; a second call finds them so."""
+    merged = {}
+    for kind in ("weight", "bias") if parts[0].bias is not None else ("weight",):
         own = [getattr(part, kind) for part in parts]
         joint = known.get((names, kind))
         if joint is None or own[0].data_ptr() != joint.data_ptr():
             joint = known[names, kind] = torch.cat([parameter.detach() for parameter in own])
             for parameter, place in zip(own, joint.split([len(parameter) for parameter in own])):
                 parameter.data = place
-    return known[names, "weight"], known.get((names, "bias"))
+        merged[kind] = joint
+    return merged

@@ -6,7 +6,7 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation import set_up_fairseq
 from fairseq_smoe.inference.sources import SPM, Loaded, read_checkpoint
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def load_models(paths, data=None, dtype="float32"):
@@ -37,7 +37,12 @@ def load_models(paths, data=None, dtype="float32"):
                 "translate together need the same"
             )
     models = [model for each in loaded for model in each.models]
-    if dtype != "float32":
+    if dtype == "int8":
+        from fairseq_smoe.evaluation.int8 import quantise
+
+        for model in models:
+            quantise(model)
+    elif dtype != "float32":
         import torch
 
         models = [model.to(getattr(torch, dtype)) for model in models]

@@ -61,7 +61,7 @@ class Translator:
                 Default: that of the training, or the folder of the checkpoint.
             device: such as ``"cpu"`` or ``"cuda"``.
             threads: of torch in this process; None leaves torch's number.
-            dtype: "float32", "bfloat16" or "float16" (GPUs).
+            dtype: "float32", "bfloat16", "float16" (GPUs), or "int8" for weights in 8 bits (CPUs).
 
         Raises:
             OptionError: a file is missing, damaged, or does not fit to another.

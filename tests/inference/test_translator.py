@@ -99,6 +99,13 @@ def test_models_together(spoken, generated):
     assert [each.text for each in found] == own.lines
 
 
+def test_8_bits_translate_nearly_the_same(spoken, generated):
+    own = generated["en-bb"]
+    found = Translator.load(spoken, dtype="int8").translate(own.sources, "en", "bb")
+    same = sum(each.text == line for each, line in zip(found, own.lines))
+    assert same > 0.8 * len(own.lines)
+
+
 def test_models_with_other_languages_do_not_translate_together(spoken, spoken_data, tmp_path):
     toy_task.train(spoken_data, tmp_path, max_update=1, langs="aa,bb,cc,en")
     with pytest.raises(OptionError, match="other languages than"):
