@@ -1,14 +1,14 @@
 """Runs the trainings of the study (results/study/PLAN.md), and keeps what they come to.
 
-    python scripts/study.py --data data --runs runs/study            all that are not done
-    python scripts/study.py --data ... --runs ... --group rate                one step of the plan
-    python scripts/study.py --runs runs/study --only-collect                  only write the CSV files
+    python scripts/study.py --data data --runs runs/study         all that are not done
+    python scripts/study.py --data ... --runs ... --group rate    one step of the plan
+    python scripts/study.py --runs runs/study --only-collect      only write the CSV files
 
 The command can be stopped and run again: it skips finished trainings and resumes interrupted ones.
 Several may run at a time, each on a core of its own: they take different trainings. After every
-training, the losses of its group are written to results/study/losses-GROUP.csv and, if the group says
-so, translations of held-out text are scored (study_scores.py). What is complete there is finished, too:
-its lines are kept if the run folder is gone.
+training, the losses of its group are written to results/study/losses-GROUP.csv and, if the group
+says so, translations of held-out text are scored (study_scores.py). What is complete there is
+finished, too: its lines are kept if the run folder is gone.
 """
 
 import argparse
@@ -114,8 +114,8 @@ class Training:
         )
 
     def records(self, runs):
-        """Losses of the training, one dict for each update and kind that was logged; those collected
-        before, if there is no run folder."""
+        """Losses of the training, one dict for each update and kind that was logged; those
+        collected before, if there is no run folder."""
         log = self.folder(runs) / "train.log"
         if not log.exists():
             return self.collected()
@@ -178,8 +178,11 @@ def read_trainings(path):
         Training(
             group=name,
             benchmark=group["benchmark"],
-            subsets=tuple(group.get("subsets", ())),
-            **{**entry, "options": {**group["options"], **entry.get("options", {})}},
+            **{
+                **entry,
+                "options": {**group["options"], **entry.get("options", {})},
+                "subsets": tuple(entry.get("subsets", group.get("subsets", ()))),
+            },
         )
         for name, group in groups.items()
         for entry in group["trainings"]

@@ -1,8 +1,8 @@
 """Scores of the study's models on held-out text: results/study/scores.csv and draws-TEXT.csv.
 
-The draws of the paired bootstrap are the same for all systems (fairseq_smoe.tables.significance). So
-the mean BLEU of a model on each draw is all that is needed to compare it with any other model later,
-when its translations are gone.
+The draws of the paired bootstrap are the same for all systems (fairseq_smoe.tables.significance).
+So the mean BLEU of a model on each draw is all that is needed to compare it with any other model
+later, when its translations are gone.
 """
 
 import csv

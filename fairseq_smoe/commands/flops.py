@@ -18,8 +18,8 @@ def add_arguments(parser):
         type=int,
         default=CONTEXT_LENGTH,
         metavar="N",
-        help="tokens that a token attends to (default: %(default)s, with which the dense models are "
-        "those of the paper)",
+        help="tokens that a token attends to (default: %(default)s, at which the dense models "
+        "agree with the paper)",
     )
 
 

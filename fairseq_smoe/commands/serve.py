@@ -50,7 +50,7 @@ def add_arguments(parser):
         type=float,
         default=5,
         metavar="MS",
-        help="milliseconds for which an idle process waits for more requests (default: %(default)s)",
+        help="milliseconds for which an idle process waits for more (default: %(default)s)",
     )
     group = parser.add_argument_group("limits")
     group.add_argument(

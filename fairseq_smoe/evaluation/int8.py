@@ -1,9 +1,9 @@
 """Models with weights in 8 bits, for CPUs.
 
-The weights of linear layers and of experts are rounded to 255 steps for each output unit (symmetric,
-by the greatest weight); the inputs to 256 steps for each product, when they are known (dynamic
-quantisation). The products are torch's (``torch.ops.quantized.linear_dynamic``). Embeddings,
-LayerNorms, gates and attention stay in float32.
+The weights of linear layers and of experts are rounded to 255 steps for each output unit
+(symmetric, by the greatest weight); the inputs to 256 steps for each product, when they are known
+(dynamic quantisation). The products are torch's (``torch.ops.quantized.linear_dynamic``).
+Embeddings, LayerNorms, gates and attention stay in float32.
 """
 
 from types import SimpleNamespace

@@ -1,12 +1,12 @@
 """A decoder for beam search: one token of every hypothesis at a time.
 
-fairseq's decoder layers are written for whole sentences. In a step with a few rows, most of their
-time goes into concatenating and copying the keys and values of every layer, into reordering them
-layer by layer, and into calling many small operations. Here the keys and values of all layers are in
-one tensor, which is reordered at once, and each attention makes query, key and value with one product.
+fairseq's decoder layers are written for whole sentences. In a step, they concatenate the keys and
+values of every layer with those of the new tokens, and reorder them layer by layer. Here those of
+all layers are in one tensor with room for more, which is reordered at once, and each attention makes
+query, key and value with one product.
 
-Letters in names: R rows, that is hypotheses; B sentences, each with R / B rows; D model dim, H heads,
-d dim of a head, L layers, T positions so far, S positions of the source.
+Letters in names: R rows, that is hypotheses; B sentences, each with R / B rows; D model dim, H
+heads, d dim of a head, L layers, T positions so far, S positions of the source.
 """
 
 from functools import partial

@@ -47,6 +47,7 @@ def model_card(path, run, data, name, license_id):
     command = next(filter(None, map(_training_command, runs)), None)
     trained = "" if command is None else f"\n## Training\n\n    {command}\n"
     scores = next(filter(None, map(_scores, runs)), "")
+    source, target = directions[0].split("-")
     return f"""---
 license: {license_id}
 language:
@@ -71,7 +72,7 @@ with fairseq-smoe.
     from fairseq_smoe import Translator
 
     translator = Translator.load("PATH OF THIS FOLDER")
-    print(translator.translate("...", "{directions[0].split("-")[0]}", "{directions[0].split("-")[1]}").text)
+    print(translator.translate("...", "{source}", "{target}").text)
 
 or `python -m fairseq_smoe translate PATH --source ... --target ...`.
 {scores}{trained}"""

@@ -1,8 +1,8 @@
-"""Output layers that begin smaller with depth, where every pass through a stratum counts as a layer.
+"""Output layers that begin smaller with depth, to which every pass through a stratum counts.
 
 Zhang, Titov, Sennrich 2019, "Improving Deep Transformer with Depth-Scaled Initialization and Merged
-Attention" (arXiv 1908.11365), with alpha = 1, for the layers whose outputs are added to the residual
-branch: its variance then grows with the logarithm of the depth instead of the depth.
+Attention" (arXiv 1908.11365), with alpha = 1, for the layers whose outputs are added to the
+residual branch: its variance then grows with the logarithm of the depth instead of the depth.
 """
 
 import torch
@@ -17,8 +17,8 @@ def scale_by_depth(model):
     """Divide the weights of output layers by the root of their depth, in encoder and decoder.
 
     The depth of attention and of a dense FFN is the number of its layer, from 1, with the passes of
-    the expert layers before it counted as layers. An expert of stratum i is as deep as if its tokens
-    had passed through all earlier strata of their block.
+    the expert layers before it counted as layers. An expert of stratum i is as deep as if its
+    tokens had passed through all earlier strata of their block.
 
     Args:
         model: a :class:`~fairseq_smoe.translation.model.SMoETransformer` with experts of

@@ -33,7 +33,7 @@ def sentences_per_second(server, cases, seconds=20):
 
 @pytest.mark.slow
 def test_many_clients_for_minutes(packed, generated, tmp_path, capsys):
-    """No answer is wrong, lost or doubled; many clients are served faster than one; memory stays."""
+    """No answer is wrong, lost or doubled; many are served faster than one; memory stays."""
     cases = [
         (text, *direction.split("-"), line)
         for direction, own in generated.items()

@@ -1,4 +1,4 @@
-"""Options for the start of the training: depth-scaled initial values, and the curriculum of passes."""
+"""Options for the start of the training: initial values by depth, and the curriculum of passes."""
 
 import pytest
 import torch
