@@ -49,7 +49,8 @@ def factorise_together(matrices_EIJ, in_shape, out_shape, bond=0, sweeps=SWEEPS)
     Args:
         matrices_EIJ: of any floating-point type; the results are float64.
         in_shape, out_shape, bond: see :func:`~fairseq_smoe.moe.matrix_product.tensor_shapes`.
-        sweeps: most sweeps of alternating least squares. With 0, all matrices become their mean.
+        sweeps: most sweeps of alternating least squares. With 0, all matrices become their mean, or
+            what of it lies in the space of each matrix if its outermost bonds are limited.
 
     Returns:
         ``(tensors, errors)``: for each place of the chain (E, d, i, j, d'), but (d, i, j, d') for
