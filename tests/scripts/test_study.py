@@ -134,3 +134,15 @@ def run_scoring(folder):
     parser = ArgumentParser()
     scoring.add_scoring_options(parser)
     scoring.score_folder(folder, parser.parse_args(["--metrics", "bleu", "chrf++"]), {})
+
+
+def test_the_tables_of_the_page_are_those_of_the_files(study):
+    import study_report
+
+    text = study_report.README.read_text()
+    assert study_report.filled(text) == text
+    assert text.count("<!-- end -->") == len(study_report.TABLES)
+    # and they would change with the files
+    name = "<!-- rate -->"
+    start, end = text.index(name) + len(name), text.index("<!-- end -->")
+    assert study_report.filled(text[:start] + "\n\n" + text[end:]) == text
