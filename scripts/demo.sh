@@ -24,8 +24,9 @@ END
 LANGS=(de es id ru)
 MODELS=(SMoE-2-2-2-2 MoE-8)
 declare -A STRATA=([SMoE-2-2-2-2]=2-2-2-2 [MoE-8]=8)
-UPDATES=1500
-VOCABULARY=4000
+UPDATES=2000
+VOCABULARY=2000
+AVERAGED=5 # checkpoints
 DIRECTIONS=()
 for lang in "${LANGS[@]}"; do DIRECTIONS+=("en-$lang" "$lang-en"); done
 
@@ -117,7 +118,7 @@ collect() {
     pip install --no-deps --no-compile --upgrade --target "$out/packages" \
         -r scripts/demo-catalogues.txt
     python -m fairseq_smoe catalogues --from "$out/packages" --to "$out/text" \
-        --langs "$(joined "${LANGS[@]}")"
+        --langs "$(joined "${LANGS[@]}")" --test-share 0.15
 }
 
 prepare() {
@@ -140,18 +141,20 @@ train_one() {
         --task smoe_translation --lang-pairs "$(joined "${DIRECTIONS[@]}")" \
         --arch smoe_transformer_tiny --smoe-strata "${STRATA[$1]}" --dropout 0 \
         --criterion moe_label_smoothed_cross_entropy --label-smoothing 0.1 \
-        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1 --lr 5e-3 \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1 --lr 3e-3 \
         --lr-scheduler polynomial_decay --warmup-updates 100 --total-num-update $UPDATES \
         --max-update $UPDATES --max-tokens 500 --num-workers 0 --seed 1 --cpu \
-        --save-interval-updates 400 --keep-interval-updates 1 --no-epoch-checkpoints \
+        --save-interval-updates 100 --keep-interval-updates $AVERAGED --no-epoch-checkpoints \
         --log-format json --log-interval 10 --log-file "$out/$1/train.log"
+    python -m fairseq_smoe checkpoint average "$out/$1/checkpoints" --last $AVERAGED \
+        "$out/$1/averaged.pt"
 }
 
 translate() {
     local model
     for model in "${MODELS[@]}"; do
         python -m fairseq_smoe evaluate --run "$out/$model" --cpu --metrics bleu chrf++ \
-            --checkpoint "$out/$model/checkpoints/checkpoint_last.pt"
+            --checkpoint "$out/$model/averaged.pt"
     done
 }
 
@@ -159,7 +162,7 @@ draw() {
     local model
     for model in "${MODELS[@]}"; do
         python -m fairseq_smoe analyse --run "$out/$model" --subset test \
-            --checkpoint "$out/$model/checkpoints/checkpoint_last.pt"
+            --checkpoint "$out/$model/averaged.pt"
     done
     python -m fairseq_smoe plot "${MODELS[@]/#/$out/}" --to "$out/pictures"
 }
@@ -195,11 +198,12 @@ closing_words() {
 
 table:        $out/table.md
 pictures:     $out/pictures/$model/test/capacity-directions.png and others in this folder
-in a browser: $venv/bin/python -m fairseq_smoe serve $out/$model
+in a browser: $venv/bin/python -m fairseq_smoe serve $out/$model/averaged.pt
 translations: $out/$model/evaluation/test
-checkpoints:  ${MODELS[*]/%//checkpoints} in $out
+checkpoints:  ${MODELS[*]/%//averaged.pt} in $out
 Translate a sentence of your own (any direction of the table):
-  echo "Unable to delete the page." | $venv/bin/python -m fairseq_smoe translate $out/$model \\
+  echo "Unable to delete the page." | $venv/bin/python -m fairseq_smoe translate \\
+    $out/$model/averaged.pt \\
     --source en --target de
 END
 }

@@ -14,6 +14,7 @@ from fairseq_smoe.inference.loading import load_models
 from fairseq_smoe.inference.long_text import LONG_TEXT, split_text
 from fairseq_smoe.inference.results import Hypothesis, Translated
 from fairseq_smoe.inference.text_coder import TextCoder
+from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.shortened import shorten
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Translator:
     Attributes:
         languages: codes of all languages that the model knows.
         directions: ``(source, target)`` of all directions in which it was trained.
+        has_experts: whether there are passes to count.
         device: a ``torch.device``.
         spm: path of the SentencePiece model.
     """
@@ -42,6 +44,7 @@ class Translator:
         self.directions = list(directions)
         self.device = device
         self._models = [model.to(device) for model in models]
+        self.has_experts = bool(expert_layers(models[0]))
         self._tasks = DirectionTasks(task, self._models)
         self._coder = TextCoder(spm, task.source_dictionary)
         self._longest = min(
@@ -111,12 +114,8 @@ class Translator:
         Raises:
             OptionError: a language is unknown, or an option is out of range.
         """
-        if isinstance(texts, str):
-            options = dict(beam=beam, n_best=n_best, lenpen=lenpen, sampling_topp=sampling_topp)
-            options |= dict(max_len=max_len, max_tokens=max_tokens, long_text=long_text)
-            options |= dict(with_scores=with_scores, with_capacity=with_capacity)
-            return self.translate([texts], source, target, **options)[0]
-        texts = list(texts)
+        single = isinstance(texts, str)
+        texts = [texts] if single else list(texts)
         directions = list(zip(self._each(source, texts), self._each(target, texts), strict=True))
         search = Search(beam, n_best, lenpen, max_len, sampling_topp)
         _check(search, max_tokens, long_text)
@@ -124,26 +123,30 @@ class Translator:
             self._check_direction(*direction)
         parts = [self._parts(text, long_text, i) for i, text in enumerate(texts)]
         jobs = [(d, part) for d, own in zip(directions, parts) for part in own]
+        with_capacity = with_capacity and self.has_experts
         with self._lock, torch.inference_mode():
-            found = self._search(jobs, search, max_tokens)
-            capacities = [None] * len(jobs)
-            if with_capacity and self.has_experts:
-                capacities = [self._capacity(job, best) for job, (best, *_) in zip(jobs, found)]
-        done, translated = 0, []
-        for direction, own in zip(directions, parts):
-            hypotheses = [self._hypotheses(h, with_scores) for h in found[done : done + len(own)]]
-            capacity = tuple(capacities[done : done + len(own)]) if with_capacity else None
-            done += len(own)
-            joined = tuple(map(_join, zip(*hypotheses))) or (_empty(with_scores),) * n_best
-            capacity = capacity if self.has_experts else None
-            translated.append(Translated(joined[0].text, joined, *direction, capacity))
-        return translated
+            found = iter(self._search(jobs, search, max_tokens))
+            translated = [
+                self._translated(
+                    direction, [next(found) for _ in own], own, search, with_scores, with_capacity
+                )
+                for direction, own in zip(directions, parts)
+            ]
+        return translated[0] if single else translated
 
-    @property
-    def has_experts(self):
-        from fairseq_smoe.translation.layers import expert_layers
+    def _translated(self, direction, found, parts, search, with_scores, with_capacity):
+        """The result for a text.
 
-        return bool(expert_layers(self._models[0]))
+        Args:
+            found: fairseq's hypotheses of each of its parts.
+        """
+        hypotheses = [[self._hypothesis(h, with_scores) for h in own] for own in found]
+        joined = tuple(map(_join, zip(*hypotheses))) or (_empty(with_scores),) * search.n_best
+        capacity = None
+        if with_capacity:
+            best = zip(parts, found)
+            capacity = tuple(self._capacity(direction, part, own[0]) for part, own in best)
+        return Translated(joined[0].text, joined, *direction, capacity)
 
     def check(self, source, target, **options):
         """Check arguments of :meth:`translate` before there is text.
@@ -208,9 +211,6 @@ class Translator:
             )
         return found
 
-    def _hypotheses(self, found, with_scores):
-        return [self._hypothesis(hypothesis, with_scores) for hypothesis in found]
-
     def _hypothesis(self, found, with_scores):
         hidden = self._tasks.of(*self._tasks.any_direction()).language_tokens.all_targets
         tokens = found["tokens"]
@@ -222,8 +222,7 @@ class Translator:
             piece_scores = tuple(s for t, s in zip(tokens.tolist(), own) if t not in hidden)
         return Hypothesis(self._coder.text(pieces), score, tuple(pieces), piece_scores)
 
-    def _capacity(self, job, best):
-        direction, tokens = job
+    def _capacity(self, direction, tokens, best):
         task = self._tasks.of(*direction)
         source = self._tasks.encode(direction, tokens)["source"]
         self._tasks.set_beam_size(1)

@@ -8,11 +8,13 @@ from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fairseq_smoe.serving.metrics import CONTENT_TYPE
 from fairseq_smoe.serving.requests import (
+    CLIENT_GONE,
     RequestError,
     parse_body,
     read_body,
@@ -49,6 +51,8 @@ def make_app(server, started=lambda: None):
             body = await asyncio.wait_for(read_body(request, limits.body), limits.timeout)
         except TimeoutError:
             raise RequestError(408, f"no body within {limits.timeout:g} seconds") from None
+        except ClientDisconnect:
+            raise RequestError(CLIENT_GONE, "the client has gone") from None
         fields = parse_body(body, request.headers.get("content-type", ""))
         key = fields.get("api_key") or request.headers.get("authorization", "").removeprefix(
             "Bearer "

@@ -6,6 +6,7 @@ from urllib.parse import parse_qs
 
 # of a body that is too large: a client that is still sending does not read the answer
 MOST_IGNORED = 32_000_000
+CLIENT_GONE = 499  # a status that nobody reads, for the metrics
 FORM = "application/x-www-form-urlencoded"
 
 

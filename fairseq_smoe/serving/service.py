@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from fairseq_smoe.inference.results import Capacity
 from fairseq_smoe.serving.jobs import Job, QueueFull, Sentence
-from fairseq_smoe.serving.requests import RequestError
+from fairseq_smoe.serving.requests import CLIENT_GONE, RequestError
 from fairseq_smoe.serving.workers import WorkerDied
 
 SIDES = ("encoder", "decoder")
@@ -66,7 +66,7 @@ class TranslationService:
             if everything.done():
                 return everything.result()
             if watching.done():
-                raise RequestError(499, "the client has gone")
+                raise RequestError(CLIENT_GONE, "the client has gone")
             raise TimeoutError
         except TimeoutError:
             message = f"not translated within {self._limits.timeout:g} seconds"

@@ -186,12 +186,13 @@ def test_a_client_that_goes_away_is_not_translated_for(server):
     before = server.metric("worker_sentences")
     body = json.dumps({"q": ["en1 en2 en3"] * 400, "source": "en", "target": "aa"}).encode()
     head = f"POST /translate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    for _ in range(10):
+    for sent in [head + body] * 10 + [head + body[:100], head, head[:20]]:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(head + body)
+            client.sendall(sent)
     assert server.translate("en1 en2") == "aa2 aa1"
     assert server.metric("queue_tokens") == 0
     assert server.metric("worker_sentences") - before < 4000
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_a_process_that_is_killed_comes_back(packed, tmp_path):
