@@ -147,7 +147,7 @@ train_one() {
         --save-interval-updates 100 --keep-interval-updates $AVERAGED --no-epoch-checkpoints \
         --log-format json --log-interval 10 --log-file "$out/$1/train.log"
     python -m fairseq_smoe checkpoint average "$out/$1/checkpoints" --last $AVERAGED \
-        "$out/$1/averaged.pt"
+        --to "$out/$1/averaged.pt"
 }
 
 translate() {

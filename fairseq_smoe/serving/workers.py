@@ -73,8 +73,9 @@ class Workers:
             thread.start()
         for ready in self._ready:
             if not ready.wait(START_TIMEOUT):
-                raise OptionError(f"the model was not loaded within {START_TIMEOUT} seconds")
+                self._failed = f"the model was not loaded within {START_TIMEOUT} seconds"
         if self._failed:
+            self._stopping = True
             raise OptionError(self._failed)
         return self._facts
 

@@ -340,7 +340,9 @@ class ContrastModel(EnsembleModel):
             if side == "decoder" and not self.weak_encoder:
                 hooks.append(layers[0].expert_block.register_forward_pre_hook(begin_both))
             for layer in layers:
-                hooks.append(layer.expert_block.register_forward_hook(count_strong))
+                # before the hooks that count passes
+                block = layer.expert_block
+                hooks.append(block.register_forward_hook(count_strong, prepend=True))
             with viewed([layer.routed_block for layer in layers], self.rule, keys):
                 yield
         finally:

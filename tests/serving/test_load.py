@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import serving
+from served import serving
 
 CLIENTS, SECONDS = 64, 180
 

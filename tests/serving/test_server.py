@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import toy_task
-from conftest import serving
+from served import serving
 
 from fairseq_smoe.__main__ import main
 
