@@ -331,7 +331,8 @@ def main():
         print(TABLES[args.print]())
         return
     write_whole(README, filled(README.read_text()))
-    draw_gaps(PICTURE, "main")
+    if all_gaps("main"):
+        draw_gaps(PICTURE, "main")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def test_bytes_that_are_no_text_are_named_or_replaced(spoken, generated, tmp_pat
     assert len(found) == 4 and [*found[:2], found[3]] == [*lines[:2], lines[3]]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told(spoken, long_text, tmp_path):
     path, lines = long_text
     output = tmp_path / "output"

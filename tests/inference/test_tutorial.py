@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import time
 
+import pytest
 import toy_task
 from prepared_folder import write_text
 
@@ -29,6 +30,7 @@ def commands():
     return [block.replace("\\\n", " ").strip() for block in blocks]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial(tmp_path):
     write_text(tmp_path / "text")
     found = commands()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-LEARNED_CHRF = 20  # mean over the directions; 28 and 29 were measured
+LEARNED_CHRF = 20  # mean over the directions; 27.5 and 28.3 were measured
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.sh"
 
 
