@@ -24,7 +24,7 @@ def add_arguments(parser):
         help="folder of the training, with the evaluation and the command for the model card "
         "(default: the folder of the checkpoint, or the one above)",
     )
-    parser.add_argument("--name", help="of the model, for its card (default: that of the training)")
+    parser.add_argument("--name", help="of the model, for its card (default: that of the folder)")
     parser.add_argument(
         "--license", default="unknown", metavar="ID", help="for the card, as the Hugging Face hub "
         "names licences: mit, cc-by-4.0, ... (default: %(default)s)"
@@ -36,7 +36,7 @@ def run(args):
 
     set_up_fairseq()
     from fairseq_smoe.inference import packed
-    from fairseq_smoe.inference.model_card import model_card
+    from fairseq_smoe.inference.model_card import check_license, model_card
 
     if args.verify:
         packed.verify(args.model)
@@ -44,8 +44,14 @@ def run(args):
         return
     if args.to is None:
         raise OptionError("--to: give the folder to make")
-    card = model_card(args.model, args.run, args.data, args.name or args.to.name, args.license)
-    packed.pack(args.model, args.to, args.data, card)
+    check_license(args.license)
+    name = args.name or args.to.name
+    packed.pack(
+        args.model,
+        args.to,
+        lambda saved, model: model_card(saved, model, args.run, name, args.license),
+        args.data,
+    )
     size = sum(path.stat().st_size for path in args.to.iterdir())
     print(f"{args.to}: {size / 1e6:.1f} MB; translate with it:")
     print(f"  python -m fairseq_smoe translate {args.to} --source ... --target ...")

@@ -2,8 +2,10 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
+
+from fairseq import utils
 
 from fairseq_smoe.evaluation.translator import DirectionTask
 
@@ -83,8 +85,6 @@ class DirectionTasks:
         Returns:
             a list of lists of hypotheses, as fairseq's generator makes them.
         """
-        from fairseq import utils
-
         first = self.of(*directions[0])
         dataset = first.build_dataset_for_inference([], [])
         sample = dataset.collater([{**item, "id": i} for i, item in enumerate(items)])
@@ -104,9 +104,14 @@ class DirectionTasks:
             model.decoder.set_beam_size(size)
 
     def _build_generator(self, direction, search):
-        task = self.of(*(direction or self.any_direction()))
+        task = self.of(*(direction or self._any_direction()))
         return task.build_generator(self._models, search.namespace())
 
-    def any_direction(self):
+    @cached_property
+    def target_tokens(self):
+        """Indices of the tokens of all target languages, which are no words."""
+        return self.of(*self._any_direction()).language_tokens.all_targets
+
+    def _any_direction(self):
         pairs = self._task.args.lang_pairs
         return tuple((pairs if isinstance(pairs, list) else pairs.split(","))[0].split("-"))

@@ -9,39 +9,40 @@ from fairseq_smoe.benchmarks.runs import RUN_FILE
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.saved_model import trained_directions
 from fairseq_smoe.evaluation.scoring import SCORES_FILE
-from fairseq_smoe.inference.sources import find_checkpoint, read_checkpoint
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
-def model_card(path, run, data, name, license_id):
-    """The text of the card.
-
-    Args:
-        path, data: see :func:`~fairseq_smoe.inference.sources.read_checkpoint`.
-        run: folder with ``evaluation/`` and ``run.json``; None to look beside the checkpoint.
-        name: title.
-        license_id: as the hub names licences.
+def check_license(license_id):
+    """Check a licence before the model is read.
 
     Raises:
-        OptionError: the licence is no name of the hub's form.
+        OptionError: it is no name of the hub's form.
     """
     if not LICENSE.fullmatch(license_id):
         raise OptionError(f"--license {license_id}: expected a name such as mit or cc-by-4.0")
-    checkpoint = find_checkpoint(path)
-    saved, _ = read_checkpoint(path, data)
+
+
+def model_card(saved, model, run, name, license_id):
+    """The text of the card.
+
+    Args:
+        saved: :class:`~fairseq_smoe.evaluation.saved_model.SavedModel`
+        model: what was built of it.
+        run: folder with ``evaluation/`` and ``run.json``; None to look beside the checkpoint.
+        name: title.
+        license_id: as the hub names licences.
+    """
     directions = trained_directions(saved)
-    updates = saved.num_updates
-    model, _ = saved.build(directions)
-    flops = flops_per_token(model, model_options(saved))
-    found = [folder for folder in (checkpoint.parent, checkpoint.parent.parent) if run is None]
-    runs = found if run is None else [run]
+    flops = flops_per_token(model, saved.model_options)
+    beside = [saved.path.parent, saved.path.parent.parent]
+    runs = beside if run is None else [run]
     languages = "".join(f"- {language}\n" for language in saved.languages())
     facts = [
         f"| parameters | {count_parameters(model):,} |",
         f"| forward FLOPs a token | {flops / 1e6:.1f} million, under uniform gates |",
         f"| experts | {describe_experts(saved)} |",
-        f"| updates | {updates:,} |",
+        f"| updates | {saved.num_updates:,} |",
         f"| directions | {', '.join(directions)} |",
     ]
     command = next(filter(None, map(_training_command, runs)), None)
@@ -76,16 +77,6 @@ with fairseq-smoe.
 
 or `python -m fairseq_smoe translate PATH --source ... --target ...`.
 {scores}{trained}"""
-
-
-def model_options(saved):
-    """The model's options, with the decoder's sizes that follow the encoder's."""
-    from copy import copy
-
-    options = copy(saved.model_options)
-    if options.decoder_embed_dim is None:
-        options.decoder_embed_dim = options.encoder_embed_dim
-    return options
 
 
 def describe_experts(saved):
@@ -123,6 +114,4 @@ def _scores(run):
 
 
 def _score(facts, metric):
-    score = facts.get(metric)
-    score = score["score"] if isinstance(score, dict) else score
-    return "" if score is None else f"{score:.1f}"
+    return f"{facts[metric]:.1f}" if metric in facts else ""

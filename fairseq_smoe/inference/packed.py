@@ -39,14 +39,14 @@ def is_packed(path):
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def pack(checkpoint, target, data=None, card=""):
+def pack(checkpoint, target, make_card, data=None):
     """Write a packed model.
 
     Args:
         checkpoint: see :func:`~fairseq_smoe.inference.sources.find_checkpoint`.
         target: folder to make. It is complete or absent.
+        make_card: ``make_card(saved, model)`` returns the text of the model card.
         data: see :func:`~fairseq_smoe.inference.sources.find_data`.
-        card: text of the model card.
 
     Raises:
         OptionError: the folder exists, or languages have different dictionaries.
@@ -71,6 +71,9 @@ def pack(checkpoint, target, data=None, card=""):
         "task": {name: getattr(saved.task_options, name) for name in TASK_OPTIONS},
         "same": same,
     }
+    model, task = saved.build(directions)
+    dictionary = _joint_dictionary(task, saved.path)
+    card = make_card(saved, model)
     part = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -79,7 +82,7 @@ def pack(checkpoint, target, data=None, card=""):
             file.write(save(tensors))
         write_whole(part / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
         shutil.copyfile(folder / SPM, part / SPM)
-        _joint_dictionary(saved, directions).save(str(part / DICTIONARY))
+        dictionary.save(str(part / DICTIONARY))
         write_whole(part / CARD, card)
         names = sorted(path.name for path in part.iterdir())
         sums = "".join(f"{checksum(part / name)}  {name}\n" for name in names)
@@ -189,18 +192,11 @@ def _task_namespace(options, folder):
     return parser.parse_args([str(folder)], Namespace(**options, task="smoe_translation", seed=1))
 
 
-def _joint_dictionary(saved, directions):
-    from copy import copy
-
-    from fairseq import tasks
-
-    options = copy(saved.task_options)
-    options.lang_pairs = list(directions)
-    task = tasks.setup_task(options, from_checkpoint=True)
+def _joint_dictionary(task, checkpoint):
     first, *others = task.dicts.values()
     if any(other.symbols != first.symbols for other in others):
         raise OptionError(
-            f"{saved.path}: its languages have different dictionaries, which cannot be packed; "
+            f"{checkpoint}: its languages have different dictionaries, which cannot be packed; "
             "train with one for all"
         )
     return first

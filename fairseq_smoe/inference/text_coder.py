@@ -34,7 +34,3 @@ class TextCoder:
     @staticmethod
     def text(pieces):
         return to_text(" ".join(pieces))
-
-    def length(self, text):
-        """Number of tokens of the text, with the end of the sentence."""
-        return len(self._processor.encode(text)) + 1

@@ -176,16 +176,17 @@ class Translator:
         if not text.strip():
             return []
         room = self._longest - 1  # the source's language token
-        if self._coder.length(text) <= room:
-            return [self._coder.encode(text)]
+        tokens = self._coder.encode(text)
+        if len(tokens) <= room:
+            return [tokens]
         if long_text == "refuse":
             raise OptionError(
-                f"text {index + 1}: has {self._coder.length(text)} tokens, and the model takes "
-                f"{room}; split it, or give long_text='split'"
+                f"text {index + 1}: has {len(tokens)} tokens, and the model takes {room}; split "
+                "it, or give long_text='split'"
             )
-        parts = [text]
-        if long_text == "split":
-            parts = split_text(text, lambda part: self._coder.length(part) <= room)
+        if long_text == "shorten":
+            return [shorten(tokens, room)]
+        parts = split_text(text, lambda part: len(self._coder.encode(part)) <= room)
         return [shorten(self._coder.encode(part), room) for part in parts]
 
     def _search(self, jobs, search, max_tokens):
@@ -212,7 +213,7 @@ class Translator:
         return found
 
     def _hypothesis(self, found, with_scores):
-        hidden = self._tasks.of(*self._tasks.any_direction()).language_tokens.all_targets
+        hidden = self._tasks.target_tokens
         tokens = found["tokens"]
         pieces = self._coder.pieces(tokens, hidden)
         score = piece_scores = None
