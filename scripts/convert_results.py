@@ -12,7 +12,6 @@ the CSV files are left.
 """
 
 import argparse
-import csv
 import json
 import os
 import shlex
@@ -20,6 +19,8 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from result_files import markdown, read_csv, write_csv
 
 from fairseq_smoe.plots.train_log import read_log
 
@@ -208,8 +209,8 @@ class Report:
             *("tabulate", baseline, self.folder(variant), "--subset", SUBSET, "--metric", "bleu"),
             *("--baseline", baseline.name, "--to", table, "--format", "csv"),
         )
-        with open(table / "table.csv", newline="") as file:
-            first, second = (line for line in csv.DictReader(file) if line["column"] == MEAN)
+        lines = read_csv(table / "table.csv")
+        first, second = (line for line in lines if line["column"] == MEAN)
         return {
             "difference": float(second["ours"]) - float(first["ours"]),
             "p": second["p_value"],
@@ -246,17 +247,11 @@ def csv_file(name):
 
 
 def read_lines(name):
-    if not csv_file(name).exists():
-        return []
-    with open(csv_file(name), newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(csv_file(name))
 
 
 def write_lines(name, lines, columns=COLUMNS):
-    with open(csv_file(name), "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(csv_file(name), columns, lines)
 
 
 def table(part):
@@ -264,9 +259,7 @@ def table(part):
     lines = read_lines(part)
     hidden = {"source", "convert", "train", "evaluate"}
     names = [c for c in COLUMNS if c not in hidden and any(line[c] for line in lines)]
-    rows = [names, ["---", *["---:"] * (len(names) - 1)]]
-    rows += [[line[name] for name in names] for line in lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(names, [[line[name] for name in names] for line in lines])
 
 
 def main():

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import study_scores
-from study_scores import STUDY, read_csv, write_csv
+from result_files import read_csv, write_csv
+from study_scores import STUDY
 
 from fairseq_smoe.plots.train_log import read_log
 

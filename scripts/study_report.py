@@ -14,13 +14,15 @@ from functools import partial
 from statistics import mean
 
 import numpy as np
+from result_files import markdown, read_csv
 from scipy.stats import ttest_rel
 from study import read_trainings
-from study_scores import KEY, MEAN, STUDY, draws_file, key_of, read_csv, same, scores_file
+from study_scores import KEY, MEAN, STUDY, draws_file, key_of, same, scores_file
 
 from fairseq_smoe.accounting.flops import count_row
 from fairseq_smoe.benchmarks import benchmark as benchmarks
 from fairseq_smoe.files import write_whole
+from fairseq_smoe.tables.significance import interval
 
 README = STUDY / "README.md"
 PICTURE = STUDY / "gap.png"
@@ -173,7 +175,7 @@ def told_bootstrap(pairs, text):
     draws = mean_draws(a.draws(text) for a, _ in pairs) - mean_draws(
         b.draws(text) for _, b in pairs
     )
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = interval(draws)
     return f"{low:+.2f} to {high:+.2f}"
 
 
@@ -296,11 +298,6 @@ def mean_of(numbers):
 
 def told(number, digits=3, sign=False):
     return "" if number is None else f"{number:{'+' if sign else ''}.{digits}f}"
-
-
-def markdown(columns, lines):
-    rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 TABLES = {

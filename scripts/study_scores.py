@@ -5,12 +5,12 @@ So the mean BLEU of a model on each draw is all that is needed to compare it wit
 later, when its translations are gone.
 """
 
-import csv
 import json
 from pathlib import Path
 
+from result_files import read_csv, write_csv
+
 from fairseq_smoe.evaluation.scoring import make_metric, read_directions
-from fairseq_smoe.files import write_whole
 from fairseq_smoe.tables.significance import RESAMPLES, Bootstrap, mean_of
 
 STUDY = Path(__file__).resolve().parent.parent / "results" / "study"
@@ -74,18 +74,6 @@ def draws_file(text):
 
 def same(line, key):
     return tuple(line[name] for name in KEY) == key
-
-
-def read_csv(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(path, columns, lines):
-    rows = [columns, *([line[name] for name in columns] for line in lines)]
-    write_whole(path, "".join(f"{','.join(map(str, row))}\n" for row in rows))
 
 
 def replace(path, columns, key, lines):

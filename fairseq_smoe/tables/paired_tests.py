@@ -48,7 +48,7 @@ class PairedTests:
             evaluations, directions: see :meth:`p_value`.
         """
         system = self._mean(evaluations, directions)
-        return None if system is None else interval(system)
+        return None if system is None else interval(system.resamples)
 
     def _mean(self, evaluations, directions):
         try:

@@ -77,9 +77,9 @@ def mean_of(resampled):
     )
 
 
-def interval(system):
-    """Bounds between which 95% of a :class:`Resampled`'s draws lie."""
-    low, high = np.percentile(system.resamples, [2.5, 97.5])
+def interval(resamples):
+    """Bounds between which 95% of the scores on draws lie, or of their differences."""
+    low, high = np.percentile(resamples, [2.5, 97.5])
     return float(low), float(high)
 
 

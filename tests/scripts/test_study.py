@@ -15,7 +15,7 @@ from toy_task import REPOSITORY
 from fairseq_smoe.benchmarks import benchmark as benchmarks
 
 STUDY = REPOSITORY / "results" / "study"
-SCRIPTS = ("study.py", "study_scores.py", "study_report.py")
+SCRIPTS = ("study.py", "study_scores.py", "study_report.py", "result_files.py")
 RUNS = {
     "short": {
         "benchmark": "study-m4.json",
