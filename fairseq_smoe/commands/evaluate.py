@@ -14,6 +14,7 @@ from fairseq_smoe.benchmarks.runs import (
     find_training,
 )
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.defaults import CPU_TOKENS, GPU_TOKENS, MOST_CPU_PROCESSES
 from fairseq_smoe.evaluation.scoring import add_scoring_options
 from fairseq_smoe.translation.contrast_options import ContrastOptions, add_contrast_options
 
@@ -45,15 +46,15 @@ def add_arguments(parser):
         "--max-tokens",
         type=_positive,
         metavar="N",
-        help="source tokens of a batch; halved when a GPU's memory is too small (default: 12000, "
-        "on a GPU 65536)",
+        help="source tokens of a batch; halved when a GPU's memory is too small (default: "
+        f"{CPU_TOKENS}, on a GPU {GPU_TOKENS})",
     )
     group.add_argument(
         "--processes",
         type=_positive,
         metavar="N",
         help="each translates directions of its own (default: one per GPU; without a GPU one "
-        "per core, at most 8)",
+        f"per core, at most {MOST_CPU_PROCESSES})",
     )
     group.add_argument(
         "--model-overrides",

@@ -3,16 +3,12 @@
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.inference.loading import add_loading_options
 
 
 def add_arguments(parser):
     parser.epilog = "docs/serve.md has examples. Stop it with Ctrl-C or SIGTERM."
-    parser.add_argument(
-        "model",
-        nargs="+",
-        type=Path,
-        help="packed model, checkpoint or folder of a training; several translate together",
-    )
+    add_loading_options(parser)
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -21,9 +17,6 @@ def add_arguments(parser):
     parser.add_argument(
         "--port", type=int, default=5000, help="0: a free one (default: %(default)s)"
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="output of prepare (default: that of the training)"
-    )
     parser.add_argument("--log-requests", action="store_true", help="print a line for each request")
     group = parser.add_argument_group("computing")
     group.add_argument(
@@ -31,10 +24,6 @@ def add_arguments(parser):
     )
     group.add_argument(
         "--threads", type=int, default=1, metavar="N", help="of a process (default: %(default)s)"
-    )
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    group.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16, float16 or int8 (default: %(default)s)"
     )
     group.add_argument("--beam", type=int, default=5, help="(default: %(default)s)")
     group.add_argument("--lenpen", type=float, default=1.0, help="(default: %(default)s)")

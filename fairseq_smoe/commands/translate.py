@@ -4,20 +4,15 @@ import os
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.defaults import CPU_TOKENS, MOST_CPU_PROCESSES
 from fairseq_smoe.inference.line_files import FORMATS, INVALID_UTF8, Job, translate_lines
+from fairseq_smoe.inference.loading import add_loading_options
 from fairseq_smoe.inference.long_text import LONG_TEXT
-
-MOST_PROCESSES = 8  # unless asked for more, as evaluate
 
 
 def add_arguments(parser):
     parser.epilog = "docs/translate.md has examples."
-    parser.add_argument(
-        "model",
-        nargs="+",
-        type=Path,
-        help="packed model, checkpoint or folder of a training; several translate together",
-    )
+    add_loading_options(parser)
     parser.add_argument("--source", required=True, metavar="LANG", help="language of the text")
     parser.add_argument("--target", required=True, metavar="LANG", help="language to translate to")
     parser.add_argument(
@@ -43,24 +38,17 @@ def add_arguments(parser):
         default="error",
         help="what to do with bytes that are no UTF-8 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="output of prepare (default: that of the training)"
-    )
     add_search_options(parser)
     group = parser.add_argument_group("computing")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    group.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16, float16 or int8 (default: %(default)s)"
-    )
     group.add_argument(
         "--processes",
         type=int,
         metavar="N",
         help="each translates lines of its own (default: one per core, at most "
-        f"{MOST_PROCESSES}; one on a GPU)",
+        f"{MOST_CPU_PROCESSES}; one on a GPU)",
     )
     group.add_argument(
-        "--max-tokens", type=int, default=12000, metavar="N", help="source tokens of a batch"
+        "--max-tokens", type=int, default=CPU_TOKENS, metavar="N", help="source tokens of a batch"
     )
     group.add_argument(
         "--chunk",
@@ -104,7 +92,7 @@ def run(args):
 
     processes = args.processes
     if processes is None:
-        cores = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+        cores = min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
         processes = cores if args.device == "cpu" else 1
     for flag, value in (("--processes", processes), ("--chunk", args.chunk)):
         if value < 1:

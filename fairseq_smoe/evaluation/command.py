@@ -15,6 +15,7 @@ from fairseq_smoe.benchmarks.cleaning import NOT_RECORDED, recorded_cleaning
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation import set_up_fairseq
 from fairseq_smoe.evaluation.batches import TokenBudget
+from fairseq_smoe.evaluation.defaults import CPU_TOKENS, GPU_TOKENS, MOST_CPU_PROCESSES
 from fairseq_smoe.evaluation.folder import EvaluationFolder
 from fairseq_smoe.evaluation.row_check import check_row
 from fairseq_smoe.evaluation.saved_model import (
@@ -27,10 +28,6 @@ from fairseq_smoe.evaluation.scoring import score_folder
 from fairseq_smoe.evaluation.test_set import find_test_sets
 from fairseq_smoe.evaluation.translator import Settings, Translator
 from fairseq_smoe.evaluation.workers import translate_in_turn, translate_side_by_side
-
-CPU_TOKENS = 12000  # source tokens of a batch; fewer, and many more, were slower
-GPU_TOKENS = 65536  # to begin with
-MOST_CPU_PROCESSES = 8  # unless asked for more: each needs memory for its batches
 
 
 def evaluate(args, training, checkpoint):

@@ -2,10 +2,8 @@
 
 import torch
 
-from fairseq_smoe.inference.results import Capacity, TokenCapacity
+from fairseq_smoe.inference.results import SIDES, Capacity, TokenCapacity
 from fairseq_smoe.translation.layers import expert_layers
-
-SIDES = ("encoder", "decoder")
 
 
 def capacity_of(model, source, translation, task, coder):

@@ -15,17 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fairseq_smoe.errors import OneLineError, OptionError
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.workers import WorkerError
 from fairseq_smoe.files import disk_space_for, write_whole
 
 INVALID_UTF8 = ("error", "replace")
 FORMATS = ("text", "jsonl")
 AHEAD = 2  # chunks that wait for each process
 _BOM = b"\xef\xbb\xbf"
-
-
-class TranslatingError(OneLineError):
-    """A process that translates has died."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +73,13 @@ def translate_lines(make_translator, job, source, target, processes=1):
             raise OptionError(
                 f"{output.part}: has more lines than {source}; remove it to start anew"
             )
-        chunks = iter(lambda: (list(islice(lines, job.chunk)), lines.bytes_read), None)
         run = stack.enter_context(_runner(make_translator, job, processes))
         before = lines.bytes_read
-        for written, bytes_read in _in_order(run, _until_empty(chunks), processes * AHEAD):
+        for written, bytes_read in _in_order(run, lines.chunks(job.chunk), processes * AHEAD):
             output.write(written)
             bar.update(bytes_read - before)
             before = bytes_read
         output.finish()
-
-
-def _until_empty(chunks):
-    for lines, bytes_read in chunks:
-        if not lines:
-            return
-        yield lines, bytes_read
 
 
 class _Lines:
@@ -119,6 +108,11 @@ class _Lines:
                 f"{self._name}, line {self.number}: is no UTF-8 text ({error.reason}); repair it, "
                 "or give --invalid-utf8 replace"
             ) from None
+
+    def chunks(self, size):
+        """``(lines, bytes read so far)``, ``size`` lines at a time."""
+        while chunk := list(islice(self, size)):
+            yield chunk, self.bytes_read
 
 
 @contextmanager
@@ -241,7 +235,7 @@ def _runner(make_translator, job, processes):
         try:
             yield lambda lines: pool.submit(_translate_in_worker, job, lines)
         except BrokenProcessPool:
-            raise TranslatingError(
+            raise WorkerError(
                 "a process that translates has died; if memory was short, lower --max-tokens or "
                 "--processes; the same command goes on from what is written"
             ) from None

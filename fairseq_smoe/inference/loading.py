@@ -9,6 +9,24 @@ from fairseq_smoe.inference.sources import SPM, Loaded, read_checkpoint
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
+def add_loading_options(parser):
+    """Add the arguments that say which model to load, and where to."""
+    parser.add_argument(
+        "model",
+        nargs="+",
+        type=Path,
+        help="packed model, checkpoint or folder of a training; several translate together",
+    )
+    group = parser.add_argument_group("loading the model")
+    group.add_argument(
+        "--data", type=Path, metavar="DIR", help="output of prepare (default: that of the training)"
+    )
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    group.add_argument(
+        "--dtype", default="float32", help=f"{', '.join(DTYPES)} (default: %(default)s)"
+    )
+
+
 def load_models(paths, data=None, dtype="float32"):
     """Load one model, or several that translate together.
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+SIDES = ("encoder", "decoder")
+
 
 @dataclass(frozen=True)
 class Hypothesis:

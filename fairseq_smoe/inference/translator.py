@@ -8,6 +8,7 @@ import torch
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.batches import TokenBudget
+from fairseq_smoe.evaluation.defaults import CPU_TOKENS
 from fairseq_smoe.inference.capacity import capacity_of
 from fairseq_smoe.inference.directions import DirectionTasks, Search
 from fairseq_smoe.inference.loading import load_models
@@ -18,9 +19,6 @@ from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.shortened import shorten
 
 logger = logging.getLogger(__name__)
-
-MAX_TOKENS = 12000  # source tokens of a batch, as evaluate has on a CPU
-
 
 class Translator:
     """Translates lists of strings with a trained model, or several together.
@@ -85,7 +83,7 @@ class Translator:
         lenpen=1.0,
         sampling_topp=None,
         max_len=200,
-        max_tokens=MAX_TOKENS,
+        max_tokens=CPU_TOKENS,
         long_text="split",
         with_scores=False,
         with_capacity=False,

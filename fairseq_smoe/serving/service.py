@@ -4,12 +4,10 @@ import asyncio
 import time
 from collections import defaultdict
 
-from fairseq_smoe.inference.results import Capacity
+from fairseq_smoe.inference.results import SIDES, Capacity
 from fairseq_smoe.serving.jobs import Job, QueueFull, Sentence
 from fairseq_smoe.serving.requests import CLIENT_GONE, RequestError
 from fairseq_smoe.serving.workers import WorkerDied
-
-SIDES = ("encoder", "decoder")
 
 
 class TranslationService:

@@ -33,6 +33,7 @@ def page(browser, server):
     page.hosts = set()
     page.on("request", lambda request: page.hosts.add(request.url.split("/")[2]))
     page.goto(server.url)
+    page.wait_for_selector("#source option", state="attached")  # the languages have come
     yield page
     page.close()
 
