@@ -6,15 +6,11 @@ The weights of linear layers and of experts are rounded to 255 steps for each ou
 Embeddings, LayerNorms, gates and attention stay in float32.
 """
 
-from types import SimpleNamespace
-
 import torch
-from fairseq.modules import MultiheadAttention
 from torch import nn
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.moe.expert_kinds.ffn import FFNExperts
-from fairseq_smoe.moe.experts import Experts
+from fairseq_smoe.evaluation.replaced_linears import is_replaceable, replace_linears
 from fairseq_smoe.translation.layers import expert_layers
 
 
@@ -50,39 +46,6 @@ class Int8Linear(nn.Module):
         return cls(torch.cat([weight.dequantize() for weight, _ in parts]), bias)
 
 
-class Int8Experts(Experts):
-    """The experts of a block, for translation only.
-
-    Args:
-        experts: :class:`~fairseq_smoe.moe.expert_kinds.ffn.FFNExperts`
-    """
-
-    name = "int8"
-    Options = FFNExperts.Options
-
-    def __init__(self, experts):
-        super().__init__(
-            experts.strata,
-            experts.embed_dim,
-            experts.ffn_dim,
-            experts.options,
-            experts.activation_fn,
-        )
-        w1_EDF, b1_EF, w2_EFD, b2_ED = experts.stacked()
-        self.fc1 = nn.ModuleList(Int8Linear(w.t(), b) for w, b in zip(w1_EDF, b1_EF))
-        self.fc2 = nn.ModuleList(Int8Linear(w.t(), b) for w, b in zip(w2_EFD, b2_ED))
-
-    def share(self, dtype):
-        return SimpleNamespace(waits=True)
-
-    def multiply(self, rows_ND, runs, shared, experts):
-        out = []
-        for e, rows_MD in zip(experts, rows_ND.split(runs.rows_per_expert)):
-            if len(rows_MD):
-                out.append(self.fc2[e](self.activation_fn(self.fc1[e](rows_MD))))
-        return torch.cat(out) if out else rows_ND
-
-
 def quantise(model):
     """Replace the linear layers and experts of a model, in place.
 
@@ -92,16 +55,6 @@ def quantise(model):
     Raises:
         OptionError: its experts are of another kind than ``ffn``.
     """
-    for _, layer in expert_layers(model):
-        experts = layer.routed_block.experts
-        if type(experts) is not FFNExperts:
-            raise OptionError(
-                "dtype int8: works with --moe-experts ffn only; use float32 or bfloat16"
-            )
-        layer.routed_block.experts = Int8Experts(experts)
-    for module in list(model.modules()):
-        if isinstance(module, MultiheadAttention):
-            module._set_skip_embed_dim_check()  # else it takes the projections' weights itself
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and "gate" not in name:
-                setattr(module, name, Int8Linear(child.weight, child.bias))
+    if not all(is_replaceable(layer.routed_block.experts) for _, layer in expert_layers(model)):
+        raise OptionError("dtype int8: works with --moe-experts ffn only; use float32 or bfloat16")
+    replace_linears(model, Int8Linear)

@@ -2,8 +2,8 @@
 
 fairseq's decoder layers are written for whole sentences. In a step, they concatenate the keys and
 values of every layer with those of the new tokens, and reorder them layer by layer. Here those of
-all layers are in one tensor with room for more, which is reordered at once, and each attention makes
-query, key and value with one product.
+all layers are in one tensor with room for more, which is reordered at once into memory that is there
+already, and each attention makes query, key and value with one product.
 
 Letters in names: R rows, that is hypotheses; B sentences, each with R / B rows; D model dim, H
 heads, d dim of a head, L layers, T positions so far, S positions of the source.
@@ -18,9 +18,11 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import nn
 
 from fairseq_smoe.evaluation.int8 import Int8Linear
+from fairseq_smoe.evaluation.reordered import ReorderedLinear
 from fairseq_smoe.translation.layers import ExpertLayerMixin
 
 ROOM = 32  # positions by which the memory of keys and values grows
+ROWS_AT_ONCE = 160  # of logits, which are then still in the cache when they are normalised
 
 
 def can_step(decoder):
@@ -65,7 +67,7 @@ def _is_plain_attention(attention):
         and attention.bias_k is None
         and not attention.add_zero_attn
         and len({type(part) for part in projections}) == 1
-        and type(attention.q_proj) in (nn.Linear, Int8Linear)
+        and type(attention.q_proj) in (nn.Linear, Int8Linear, ReorderedLinear)
     )
 
 
@@ -73,24 +75,46 @@ class State:
     """Keys and values of the hypotheses of a batch.
 
     Attributes:
-        own_LXRHTd: of the target so far, keys and values (X), with room for more positions.
+        own_TLXRHd: of the target so far, keys and values (X), with room for more positions.
         source_L: ``(keys, values)`` of the source, (B, H, S, d), for each layer.
         mask_B11S: True where a source has a token; None if all have the same length.
         beam: rows of a sentence.
     """
 
-    def __init__(self, own_LXRHTd, source_L, mask_B11S, beam):
-        self.own_LXRHTd, self.source_L = own_LXRHTd, source_L
+    def __init__(self, own_TLXRHd, source_L, mask_B11S, beam):
+        self.own_TLXRHd, self.source_L = own_TLXRHd, source_L
         self.mask_B11S, self.beam = mask_B11S, beam
+        self.length = 0
+        self._spare_TLXRHd = torch.empty_like(own_TLXRHd)
+        self._log_probs_RV = None
+
+    def lengthen(self):
+        """Make room for one more position. Returns its index, from 0."""
+        if self.length == len(self.own_TLXRHd):
+            self.own_TLXRHd = F.pad(self.own_TLXRHd, (0, 0) * 5 + (0, ROOM))
+            self._spare_TLXRHd = torch.empty_like(self.own_TLXRHd)
+        self.length += 1
+        return self.length - 1
+
+    def memory_of_log_probs(self, shape):
+        """Memory that is the same in every step: the system takes its time to hand out so much."""
+        if self._log_probs_RV is None:
+            self._log_probs_RV = self.own_TLXRHd.new_empty(shape, dtype=torch.float)
+        return self._log_probs_RV[: shape[0]]
 
     def reorder(self, order_R):
         """Let row i go on from what was row ``order_R[i]``, of the same sentence or, if sentences
         have been finished, of one behind it."""
-        rows = self.own_LXRHTd.size(2)
+        rows = self.own_TLXRHd.size(3)
         if len(order_R) == rows and torch.equal(order_R, torch.arange(rows, device=order_R.device)):
             return
-        self.own_LXRHTd = self.own_LXRHTd.index_select(2, order_R)
         if len(order_R) != rows:
+            self._spare_TLXRHd = self._spare_TLXRHd[:, :, :, : len(order_R)].contiguous()
+        filled, spare = (own[: self.length] for own in (self.own_TLXRHd, self._spare_TLXRHd))
+        torch.index_select(filled, 3, order_R, out=spare)
+        self.own_TLXRHd, self._spare_TLXRHd = self._spare_TLXRHd, self.own_TLXRHd
+        if len(order_R) != rows:
+            self._spare_TLXRHd = torch.empty_like(self.own_TLXRHd)
             order_B = order_R[:: self.beam] // self.beam
             self.source_L = [
                 tuple(part.index_select(0, order_B) for part in own) for own in self.source_L
@@ -133,41 +157,50 @@ class StepDecoder:
             keys, values = project(source_BSD).chunk(2, dim=-1)
             source_L.append(tuple(self._split(part).contiguous() for part in (keys, values)))
         rows, dim = encoder_out["encoder_out"][0].shape[1:]
-        shape = len(self._layers), 2, rows, self._heads, 0, dim // self._heads
+        shape = 0, len(self._layers), 2, rows, self._heads, dim // self._heads
         return State(source_BSD.new_empty(shape), source_L, mask_B11S, beam)
 
     def _split(self, x_BSD):
         """(B, S, D) -> (B, H, S, d)"""
         return x_BSD.unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
-    def step(self, tokens_RT, state):
-        """Logits of the next token, (R, V).
+    def step(self, tokens_RT, state, temperature=1.0):
+        """Log probabilities of the next token, (R, V), float32. The next step overwrites them.
 
         Args:
             tokens_RT: all tokens so far; only the last is new.
             state: :class:`State` of the tokens before, which is continued.
+            temperature: that logits are divided by.
         """
-        decoder, position = self._decoder, tokens_RT.size(1) - 1
-        own = state.own_LXRHTd
-        if position == own.size(4):
-            own = state.own_LXRHTd = F.pad(own, (0, 0, 0, ROOM))
+        decoder, position = self._decoder, state.lengthen()
         x_RD = decoder.embed_scale * decoder.embed_tokens(tokens_RT[:, -1])
         if decoder.embed_positions is not None:
             # an empty state: the position alone is asked for
             x_RD = x_RD + decoder.embed_positions(tokens_RT, incremental_state={})[:, -1]
         for i, layer in enumerate(self._layers):
-            x_RD = x_RD + self._attend_to_target(i, layer, x_RD, own[i], position)
+            x_RD = x_RD + self._attend_to_target(i, layer, x_RD, state, position)
             x_RD = x_RD + self._attend_to_source(i, layer, x_RD, state)
             x_RD = _feed_forward(layer, x_RD)
-        return decoder.output_layer(decoder.layer_norm(x_RD))
+        return self._log_probs(decoder.layer_norm(x_RD), state, temperature)
 
-    def _attend_to_target(self, i, layer, x_RD, own_XRHTd, position):
+    def _log_probs(self, x_RD, state, temperature):
+        shape = len(x_RD), len(self._decoder.dictionary)
+        log_probs_RV = state.memory_of_log_probs(shape)
+        for x_MD, own_MV in zip(x_RD.split(ROWS_AT_ONCE), log_probs_RV.split(ROWS_AT_ONCE)):
+            logits_MV = self._decoder.output_layer(x_MD)
+            if temperature != 1:
+                logits_MV.div_(temperature)
+            torch.log_softmax(logits_MV.float(), -1, out=own_MV)
+        return log_probs_RV
+
+    def _attend_to_target(self, i, layer, x_RD, state, position):
         joint_R3D = self._own[i](layer.self_attn_layer_norm(x_RD))
-        query_RHd, *new = joint_R3D.unflatten(-1, (3, self._heads, -1)).unbind(1)
-        for memory_RHTd, part_RHd in zip(own_XRHTd, new):
-            memory_RHTd[:, :, position] = part_RHd
-        keys, values = own_XRHTd[:, :, :, : position + 1]
-        found = F.scaled_dot_product_attention(query_RHd.unsqueeze(2), keys, values)
+        joint_XRHd = joint_R3D.unflatten(-1, (3, self._heads, -1)).transpose(0, 1)
+        own_TXRHd = state.own_TLXRHd[: position + 1, i]
+        own_TXRHd[position] = joint_XRHd[1:]
+        keys_RHTd, values_RHTd = own_TXRHd.permute(1, 2, 3, 0, 4)
+        query_RH1d = joint_XRHd[0].unsqueeze(2)
+        found = F.scaled_dot_product_attention(query_RH1d, keys_RHTd, values_RHTd)
         return layer.self_attn.out_proj(found.reshape(x_RD.shape))
 
     def _attend_to_source(self, i, layer, x_RD, state):
@@ -194,9 +227,10 @@ def _joint(attention, *names):
     """A function that computes several projections of an attention at once."""
     parts = [getattr(attention, name) for name in names]
     known = vars(attention).setdefault("joint", {})
-    if isinstance(parts[0], Int8Linear):
+    kind = type(parts[0])
+    if kind is not nn.Linear:
         if names not in known:
-            known[names] = Int8Linear.joined(parts)
+            known[names] = kind.joined(parts)
         return known[names]
     return partial(F.linear, **_merge(parts, names, known))
 

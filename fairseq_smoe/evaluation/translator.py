@@ -9,7 +9,8 @@ import torch
 from fairseq import utils
 
 from fairseq_smoe.evaluation.folder import say
-from fairseq_smoe.evaluation.lean_beam import LeanBeamModel
+from fairseq_smoe.evaluation.lean_beam import make_lean
+from fairseq_smoe.evaluation.reordered import can_reorder, reorder
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
 from fairseq_smoe.translation.contrast import ContrastModel
 from fairseq_smoe.translation.contrast_options import ContrastOptions
@@ -99,8 +100,7 @@ class DirectionTask(SMoETranslationTask):
         if isinstance(generator.model, ContrastModel):  # is lean by itself
             generator.model.with_attention = False
         else:
-            generator.model = LeanBeamModel(models)
-            generator.model.set_decoder_beam_size(generator.beam_size)
+            make_lean(generator, models)
         return generator.eval()
 
 
@@ -131,7 +131,11 @@ class Translator:
     """
 
     def __init__(self, model, task, settings, device, budget):
-        self.model = (model.half() if settings.fp16 else model).to(device)
+        if settings.fp16:
+            model = model.half()
+        elif can_reorder(device):
+            reorder(model)
+        self.model = model.to(device)
         self.task = task
         self.settings = settings
         self.device = device

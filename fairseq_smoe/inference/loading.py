@@ -27,11 +27,12 @@ def add_loading_options(parser):
     )
 
 
-def load_models(paths, data=None, dtype="float32"):
-    """Load one model, or several that translate together.
+def load_models(paths, device, data=None, dtype="float32"):
+    """Load one model, or several that translate together, onto a device.
 
     Args:
         paths: one or a list; see :meth:`~fairseq_smoe.inference.translator.Translator.load`.
+        device: a ``torch.device``.
 
     Returns:
         :class:`~fairseq_smoe.inference.sources.Loaded`
@@ -64,6 +65,12 @@ def load_models(paths, data=None, dtype="float32"):
         import torch
 
         models = [model.to(getattr(torch, dtype)) for model in models]
+    else:
+        from fairseq_smoe.evaluation.reordered import can_reorder, reorder
+
+        for model in models if can_reorder(device) else ():
+            reorder(model)
+    models = [model.to(device) for model in models]
     return Loaded(models, first.task, first.spm, first.directions)
 
 

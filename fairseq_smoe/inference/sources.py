@@ -11,7 +11,7 @@ NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")  # in the order in which th
 
 @dataclass(frozen=True)
 class Loaded:
-    """Models on the CPU that translate together.
+    """Models that translate together.
 
     Attributes:
         models: ready for inference.

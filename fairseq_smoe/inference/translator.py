@@ -41,7 +41,7 @@ class Translator:
         self.languages = list(task.langs)
         self.directions = list(directions)
         self.device = device
-        self._models = [model.to(device) for model in models]
+        self._models = list(models)
         self.has_experts = bool(expert_layers(models[0]))
         self._tasks = DirectionTasks(task, self._models)
         self._coder = TextCoder(spm, task.source_dictionary)
@@ -69,8 +69,9 @@ class Translator:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = load_models(path, data, dtype)
-        return cls(loaded.models, loaded.task, loaded.spm, loaded.directions, torch.device(device))
+        device = torch.device(device)
+        loaded = load_models(path, device, data, dtype)
+        return cls(loaded.models, loaded.task, loaded.spm, loaded.directions, device)
 
     def translate(
         self,

@@ -77,7 +77,7 @@ class BlockStats:
 
     Attributes:
         losses: ``{name: mean over the gates}``, scalars before weighting; empty for a block with a
-            view.
+            view, and in torch's inference mode, where nothing is trained or validated.
         passes: (...) int64, requested capacity of each token; 0 at padding. If tokens are split into
             heads, (..., heads), that of each head.
         gates: one record per gate, in stratum order.
@@ -357,7 +357,8 @@ class SMoEBlock(nn.Module):
         if self.pass_scale is not None:
             y_TD = y_TD * self.pass_scale[i]
         record = GateRecord.of(choices, plan.kept_C, here_T)
-        if key_T is not None:  # of tokens that the gate has not routed, they mean nothing
+        # of tokens that the gate has not routed, losses mean nothing
+        if key_T is not None or torch.is_inference_mode_enabled():
             return y_TD, record, {}
         losses = gate.losses(choices, here_T) | self.experts.losses(choices, visible, here_T)
         return y_TD, record, losses

@@ -43,7 +43,8 @@ class Choices:
     def ranked(cls, scores_TE, experts_KT):
         """K choices for every token, best first."""
         num_choices, num_tokens = experts_KT.shape
-        token_C = torch.arange(num_tokens, device=experts_KT.device).repeat(num_choices)
+        token_T = torch.arange(num_tokens, device=experts_KT.device)
+        token_C = token_T.expand(num_choices, -1).reshape(-1)  # repeat() takes much longer
         return cls(scores_TE, experts_KT[0], experts_KT.reshape(-1), token_C, num_choices)
 
     @classmethod
