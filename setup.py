@@ -56,6 +56,8 @@ EXTRAS = {
         "prometheus-client",
         "babel",  # names and codes of languages
     ],
+    # export --format ctranslate2, and for comparison in scripts/bench_latency.py
+    "ctranslate2": ["ctranslate2>=4.5"],
     "demo": [
         "polib",  # reads gettext catalogues
         "matplotlib",

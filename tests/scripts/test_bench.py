@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: small runs of the real scripts."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import toy_task
@@ -49,6 +50,27 @@ def test_small_experts(tmp_path):
     assert [(r["kept"], r["sentences"]) for r in report["beam_search"]] == [(2, 2), (8, 2)]
     assert all(0 < r["speed"] < 20 for r in report["ffns"] + report["beam_search"])
     assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+def test_latency(tmp_path):
+    words = ("--scale", "tiny", "--rows", "vanilla-moe", "--length", 8, "--rounds", 3)
+    command = ("python", SCRIPTS / "bench_latency.py", *words, "--sentences", 2, "--to", tmp_path)
+    outcome = toy_task.run(*command)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    speed = {r["model"]: r["speed"] for r in results}
+    assert speed["Dense, float32"] == 1 and 0 < speed["Vanilla MoE, float32"] < 2
+    assert {"Dense, int8", "Vanilla MoE, int8"} <= speed.keys()
+    assert ("Dense, CTranslate2 int8" in speed) == bool(find_spec("ctranslate2"))
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+def test_int8(spoken, spoken_data):
+    command = ("python", SCRIPTS / "bench_int8.py", spoken, "--data", spoken_data)
+    lines = toy_task.run(*command, "--sentences", 20).stdout.splitlines()
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in lines if "|" in line}
+    (plain, memory), (rounded, less) = (map(float, rows[kind]) for kind in ("float32", "int8"))
+    assert plain > 5 and rounded > 2 and memory > 0 and less > 0
+    assert any(line.startswith("80 sentences, ") for line in lines)
 
 
 def test_contrast(trained, data, tmp_path):

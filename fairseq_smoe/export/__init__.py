@@ -1,0 +1,1 @@
+"""Trained models for other runtimes: ``python -m fairseq_smoe export``."""
