@@ -87,10 +87,18 @@ class Source:
                 "it was made from"
             )
 
-    def _recorded_options(self):
+    def _recorded_options(self, part="model"):
         cfg = self.state.get("cfg")
-        options = (cfg.get("model") if isinstance(cfg, dict) else self.state.get("args")) or {}
+        options = (cfg.get(part) if isinstance(cfg, dict) else self.state.get("args")) or {}
         return options if isinstance(options, dict) else vars(options)
+
+    def task_option(self, name):
+        """An option of the task, None if it is not recorded."""
+        return self._recorded_options("task").get(name)
+
+    def set_task_options(self, **changes):
+        """Change options of the task, by their names in the checkpoint."""
+        self._recorded_options("task").update(changes)
 
     def set_options(self, **changes):
         """Change options of the model, by their names in the checkpoint."""

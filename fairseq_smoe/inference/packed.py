@@ -4,7 +4,7 @@
 ``model.safetensors``   the parameters
 ``config.json``         options of model and task, languages, directions, tensors that are the same
 ``dict.txt``            the dictionary
-``spm.model``           the SentencePiece model
+``spm.model``           the SentencePiece model; ``spm.LANGUAGE.model`` of an added language
 ``README.md``           the model card
 ``SHA256SUMS``          checksums, as of ``sha256sum``
 ======================  ===========================================================================
@@ -23,6 +23,7 @@ from fairseq_smoe import __version__
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import whole_file, write_whole
 from fairseq_smoe.inference.sources import SPM, Loaded, read_checkpoint
+from fairseq_smoe.translation.task_files import sentencepiece_file
 
 WEIGHTS, CONFIG, DICTIONARY = "model.safetensors", "config.json", "dict.txt"
 CARD, SUMS = "README.md", "SHA256SUMS"
@@ -81,7 +82,8 @@ def pack(checkpoint, target, make_card, data=None):
         with whole_file(part / WEIGHTS) as file:
             file.write(save(tensors))
         write_whole(part / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-        shutil.copyfile(folder / SPM, part / SPM)
+        for path in {sentencepiece_file(folder, lang) for lang in saved.languages()} | {folder / SPM}:
+            shutil.copyfile(path, part / path.name)
         dictionary.save(str(part / DICTIONARY))
         write_whole(part / CARD, card)
         names = sorted(path.name for path in part.iterdir())

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.translation.task_files import SPM_FILE
 
-SPM = "spm.model"
+SPM = SPM_FILE
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")  # in the order in which they are taken
 
 

@@ -1,25 +1,36 @@
 """Text to the tokens of a model and back."""
 
+from functools import lru_cache
+from pathlib import Path
+
 import sentencepiece
 
 from fairseq_smoe.evaluation.test_set import to_text
+from fairseq_smoe.translation.task_files import sentencepiece_file
 
 
 class TextCoder:
     """Encodes and decodes with SentencePiece and the model's dictionary.
 
     Args:
-        spm: path of the SentencePiece model.
+        spm: path of the SentencePiece model; languages that were added later have one beside it.
         dictionary: the model's, a fairseq ``Dictionary``.
     """
 
     def __init__(self, spm, dictionary):
-        self._processor = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+        self._folder = Path(spm).parent
         self._dictionary = dictionary
+        self._processor = lru_cache(maxsize=None)(self._load)
+        self._load(spm)  # says now if it is damaged
 
-    def encode(self, text):
+    @staticmethod
+    def _load(path):
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def encode(self, text, language):
         """(S,) int64: the text's pieces and the end of the sentence."""
-        pieces = " ".join(self._processor.encode(text, out_type=str))
+        processor = self._processor(sentencepiece_file(self._folder, language))
+        pieces = " ".join(processor.encode(text, out_type=str))
         return self._dictionary.encode_line(pieces, append_eos=True, add_if_not_exist=False).long()
 
     def pieces(self, tokens, hidden=()):

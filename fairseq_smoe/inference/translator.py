@@ -120,7 +120,10 @@ class Translator:
         _check(search, max_tokens, long_text)
         for direction in dict.fromkeys(directions):
             self._check_direction(*direction)
-        parts = [self._parts(text, long_text, i) for i, text in enumerate(texts)]
+        parts = [
+            self._parts(text, language, long_text, i)
+            for i, (text, (language, _)) in enumerate(zip(texts, directions))
+        ]
         jobs = [(d, part) for d, own in zip(directions, parts) for part in own]
         with_capacity = with_capacity and self.has_experts
         with self._lock, torch.inference_mode():
@@ -170,12 +173,12 @@ class Translator:
             self._warned.add((source, target))
             logger.warning(f"{source}-{target}: the model was not trained in this direction")
 
-    def _parts(self, text, long_text, index):
+    def _parts(self, text, language, long_text, index):
         """The parts of a text that are translated by themselves, as tokens."""
         if not text.strip():
             return []
         room = self._longest - 1  # the source's language token
-        tokens = self._coder.encode(text)
+        tokens = self._coder.encode(text, language)
         if len(tokens) <= room:
             return [tokens]
         if long_text == "refuse":
@@ -185,8 +188,8 @@ class Translator:
             )
         if long_text == "shorten":
             return [shorten(tokens, room)]
-        parts = split_text(text, lambda part: len(self._coder.encode(part)) <= room)
-        return [shorten(self._coder.encode(part), room) for part in parts]
+        parts = split_text(text, lambda part: len(self._coder.encode(part, language)) <= room)
+        return [shorten(self._coder.encode(part, language), room) for part in parts]
 
     def _search(self, jobs, search, max_tokens):
         """fairseq's hypotheses of each ``((source, target), tokens)``."""

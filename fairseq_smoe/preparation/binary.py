@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece as spm
 
 from fairseq_smoe.files import whole_file
-from fairseq_smoe.preparation.vocabulary import FAIRSEQ_SPECIALS, fairseq_ids
+from fairseq_smoe.preparation.vocabulary import FAIRSEQ_SPECIALS, fairseq_ids, read_dictionary
 
 CHUNK_LINES = 50_000
 UNKNOWN = FAIRSEQ_SPECIALS.index("<unk>")
@@ -40,18 +40,19 @@ def chunk_bounds(path, chunk_lines=CHUNK_LINES):
     return list(zip(starts, starts[1:]))
 
 
-def encode_chunks(chunks, model_path, dtype):
-    """Encode parts of text files.
+def encode_chunks(chunks, model_path, dictionary, dtype):
+    """Encode parts of text files of one SentencePiece model.
 
     Args:
         chunks: for each, the text file, its first and last byte offset, and the file to write
             (.npz). If that exists, the chunk is skipped.
+        dictionary: path of fairseq's dictionary.
     """
     chunks = [chunk for chunk in chunks if not chunk[-1].exists()]
     if not chunks:
         return
     model = spm.SentencePieceProcessor(model_file=str(model_path))
-    table = fairseq_ids(model).astype(dtype)
+    table = fairseq_ids(model, read_dictionary(dictionary)).astype(dtype)
     for path, start, stop, target in chunks:
         with open(path, "rb") as handle:
             handle.seek(start)

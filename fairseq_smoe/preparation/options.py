@@ -14,7 +14,10 @@ STEP_OPTIONS = {
         *("cleaning", "empty", "identical", "max_length", "max_length_ratio"),
         *("held_out", "duplicates"),
     ),
-    "sentencepiece": ("vocab_size", "character_coverage", "temperature", "sample_lines", "seed"),
+    "sentencepiece": (
+        *("vocab_size", "character_coverage", "temperature", "sample_lines", "seed"),
+        "vocabulary_of",
+    ),
     "encode": (),
     "binarise": ("lines_per_shard",),
     "report": (),
@@ -191,7 +194,15 @@ def _add_vocabulary(group):
         "--vocab-size",
         type=int,
         metavar="N",
-        help="pieces of the joint vocabulary (default: 32000, or the benchmark's)",
+        help="pieces of the joint vocabulary (default: 32000, or the benchmark's); with "
+        "--vocabulary-of, of each new language, 0 for none (default: 4000)",
+    )
+    group.add_argument(
+        "--vocabulary-of",
+        metavar="DIR",
+        help="keep the vocabulary and languages of a folder that prepare has made. A language that "
+        "it lacks gets a SentencePiece model of its own, whose pieces come behind those that are "
+        "there, and the language's token behind them",
     )
     group.add_argument(
         "--character-coverage",

@@ -29,7 +29,7 @@ def _outputs(plan, step):
         "clean": [plan.clean],
         "sentencepiece": [
             *(plan.sample, plan.model, plan.target / LANGS_FILE),
-            *_named(plan.target, r"dict(\.[^.]+)?\.txt"),
+            *_named(plan.target, r"dict(\.[^.]+)?\.txt|spm\.[^.]+\.model"),
         ],
         "encode": [plan.ids],
         "binarise": [

@@ -9,8 +9,10 @@ from fairseq_smoe.benchmarks import benchmark as benchmarks
 from fairseq_smoe.benchmarks.cleaning import Rules, rules_of
 from fairseq_smoe.benchmarks.training_command import vocab_size
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.translation.task_files import SPM_FILE
 
 MOST_PIECES = 1_000_000
+PIECES, NEW_PIECES = 32000, 4000  # of a vocabulary; of a language that is added to one
 DEFAULT_SPLITS = {"train": "train", "valid": "valid", "test": "test"}
 
 
@@ -35,6 +37,7 @@ class Plan:
     temperature: float
     sample_lines: int
     seed: int
+    vocabulary_of: str | None
     lines_per_shard: int
     workers: int
 
@@ -74,7 +77,7 @@ class Plan:
 
     @property
     def model(self):
-        return self.target / "spm.model"
+        return self.target / SPM_FILE
 
     @property
     def dictionary(self):
@@ -141,7 +144,8 @@ def make_plan(args):
         splits=parse_splits(args.splits) if args.splits else splits,
         cleaning=cleaning,
         rules=rules,
-        vocab_size=args.vocab_size or (vocab_size(benchmark, args.scale) if benchmark else 32000),
+        vocab_size=_vocab_size(args, benchmark),
+        vocabulary_of=args.vocabulary_of and str(Path(args.vocabulary_of).absolute()),
         temperature=args.temperature or (benchmark.temperature if benchmark else 1),
         **{
             name: getattr(args, name)
@@ -152,6 +156,14 @@ def make_plan(args):
             )
         },
     )
+
+
+def _vocab_size(args, benchmark):
+    if args.vocab_size is not None:
+        return args.vocab_size
+    if args.vocabulary_of:
+        return NEW_PIECES
+    return vocab_size(benchmark, args.scale) if benchmark else PIECES
 
 
 def _cleaning(args, benchmark):
@@ -179,7 +191,7 @@ def _check_published(benchmark, pairs, args):
 
 def _check_numbers(args):
     at_least = {
-        "vocab_size": 10,
+        "vocab_size": 0 if args.vocabulary_of else 10,
         "temperature": 1,
         "sample_lines": 1000,
         "workers": 1,

@@ -17,17 +17,19 @@ from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
 from fairseq_smoe.preparation import binary, sources, too_long
 from fairseq_smoe.preparation.clean import clean_pair, is_current, write_held_out
+from fairseq_smoe.preparation.extended_vocabulary import extend, read_base
 from fairseq_smoe.preparation.parallel_text import check_source, collect
 from fairseq_smoe.preparation.pool import in_child, in_parallel
 from fairseq_smoe.preparation.report import overlap_in_words, write_report
 from fairseq_smoe.preparation.verify import state_of, verify_pair
 from fairseq_smoe.preparation.vocabulary import (
     FAIRSEQ_SPECIALS,
+    joint_symbols,
     train_sentencepiece,
     write_dictionary,
     write_sample,
 )
-from fairseq_smoe.translation.task_files import LANGS_FILE
+from fairseq_smoe.translation.task_files import LANGS_FILE, sentencepiece_file
 
 JOB_BYTES = 8_000_000  # text that a process encodes before it reports back
 
@@ -162,7 +164,7 @@ def clean(plan):
 
 
 def sentencepiece(plan):
-    """Train the joint vocabulary; write the dictionary and the list of languages."""
+    """Train the joint vocabulary, or extend one; write the dictionary and the list of languages."""
     cleaned = _summary(plan, "clean")
     langs = plan.languages(cleaned)
     files, lines = {lang: [] for lang in langs}, {}
@@ -171,39 +173,61 @@ def sentencepiece(plan):
             path = plan.clean / f"train.{pair}.{lang}"
             files[lang].append(path)
             lines[path] = cleaned[pair]["train"]["kept"]["lines"]
-    if not plan.sample.exists():
-        write_sample(files, lines, plan.sample, plan.temperature, plan.sample_lines, plan.seed)
-    if not plan.model.exists():
-        print("sentencepiece: drawn the sample; training takes minutes, with no bar", flush=True)
-        sizes = plan.vocab_size, plan.character_coverage
-        try:
-            in_child(train_sentencepiece, plan.sample, plan.model, *sizes)
-        except OptionError:
-            plan.sample.unlink()  # its content depends on the options
-            raise
-    model = spm.SentencePieceProcessor(model_file=str(plan.model))
-    write_dictionary(model, langs, plan.dictionary)
+    if plan.vocabulary_of:
+        base = read_base(plan.vocabulary_of)
+        for lang in base.new_languages(langs) if plan.vocab_size else ():
+            own = {lang: files[lang]}
+            _train_model(plan, own, lines, plan.target / f"spm.{lang}.model")
+        symbols = extend(base, langs, plan.target)
+        langs = base.languages + base.new_languages(langs)
+    else:
+        _train_model(plan, files, lines, plan.model)
+        symbols = joint_symbols(spm.SentencePieceProcessor(model_file=str(plan.model)), langs)
+    write_dictionary(symbols, plan.dictionary)
     for lang in langs:  # fairseq reads one for each language
         write_whole(plan.target / f"dict.{lang}.txt", plan.dictionary.read_text(encoding="utf-8"))
     write_whole(plan.target / LANGS_FILE, "".join(f"{lang}\n" for lang in langs))
 
 
+def _train_model(plan, files, lines, path):
+    """Train a SentencePiece model, unless it is there.
+
+    Args:
+        files: ``{language: its files}``
+        lines: ``{file: number of lines}``
+    """
+    if not plan.sample.exists():
+        write_sample(files, lines, plan.sample, plan.temperature, plan.sample_lines, plan.seed)
+    if not path.exists():
+        print("sentencepiece: drawn the sample; training takes minutes, with no bar", flush=True)
+        sizes = plan.vocab_size, plan.character_coverage
+        try:
+            in_child(train_sentencepiece, plan.sample, path, *sizes)
+        except OptionError:
+            plan.sample.unlink()  # its content depends on the options
+            raise
+    if path != plan.model:
+        plan.sample.unlink()  # the next language has another
+
+
 def encode(plan):
     """Turn text into the ids of the dictionary. Summary: ``{text file: number of chunks}``."""
     plan.ids.mkdir(exist_ok=True)
-    numbers, jobs, job_bytes = {}, [], JOB_BYTES
+    numbers, jobs, job_bytes, models = {}, [], 0, []
     for name in tqdm(_text_files(plan), desc="measure", unit="file"):
         bounds = binary.chunk_bounds(plan.clean / name)
         chunks = binary.chunk_files(plan.ids, name, len(bounds))
         numbers[name] = len(chunks)
+        model = sentencepiece_file(plan.target, name.rpartition(".")[2])
         for (start, stop), chunk in zip(bounds, chunks):
-            if job_bytes >= JOB_BYTES:
+            if job_bytes >= JOB_BYTES or models[-1:] != [model]:
                 jobs.append([])
+                models.append(model)
                 job_bytes = 0
             jobs[-1].append((plan.clean / name, start, stop, chunk))
             job_bytes += stop - start
     dtype = binary.token_type(_dictionary_size(plan))
-    jobs = [(job, plan.model, dtype) for job in jobs]
+    jobs = [(job, model, plan.dictionary, dtype) for job, model in zip(jobs, models)]
     in_parallel(binary.encode_chunks, jobs, plan.workers, "encode", "job")
     _write_summary(plan, "encode", numbers)
 

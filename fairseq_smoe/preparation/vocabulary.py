@@ -100,33 +100,44 @@ def language_token(lang):
     return f"__{lang}__"
 
 
-def write_dictionary(model, langs, path):
-    """fairseq's dictionary: the pieces in the model's order, then the tokens of the languages.
-
-    Because the language tokens are in the file, their ids do not depend on the order in which
-    languages are later given to fairseq.
-    """
-    pieces = [
+def model_pieces(model):
+    """The pieces of a SentencePiece model in its order, without the special ones."""
+    return [
         model.id_to_piece(i)
         for i in range(model.get_piece_size())
         if not (model.is_control(i) or model.is_unknown(i))
     ]
-    # no piece is like a token of fairseq or a language: SentencePiece splits <s> and __de__, in
-    # which letters and signs mix
-    tokens = pieces + [language_token(lang) for lang in langs]
-    write_whole(path, "".join(f"{token} 1\n" for token in tokens))
 
 
-def fairseq_ids(model):
-    """The id in fairseq's dictionary of every SentencePiece id; (pieces,) int64."""
+def write_dictionary(symbols, path):
+    """fairseq's dictionary: one symbol a line. Because it has the tokens of the languages, their
+    ids do not depend on the order in which languages are later given to fairseq."""
+    write_whole(path, "".join(f"{symbol} 1\n" for symbol in symbols))
+
+
+def read_dictionary(path):
+    """The symbols of a dictionary file."""
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        return [line.rpartition(" ")[0] for line in lines if line != "\n"]
+
+
+def joint_symbols(model, langs):
+    """The pieces of a model, then the tokens of the languages. No piece is like a token of fairseq
+    or a language: SentencePiece splits <s> and __de__, in which letters and signs mix."""
+    return model_pieces(model) + [language_token(lang) for lang in langs]
+
+
+def fairseq_ids(model, symbols):
+    """The id in fairseq's dictionary of every SentencePiece id; (pieces,) int64.
+
+    Args:
+        symbols: those of the dictionary file.
+    """
+    known = {symbol: i for i, symbol in enumerate(symbols, len(FAIRSEQ_SPECIALS))}
     table = np.empty(model.get_piece_size(), dtype=np.int64)
-    following = len(FAIRSEQ_SPECIALS)
     for i in range(len(table)):
-        if model.is_unknown(i):
-            table[i] = FAIRSEQ_SPECIALS.index("<unk>")
-        elif model.is_control(i):
+        if model.is_control(i):
             table[i] = FAIRSEQ_SPECIALS.index("</s>")  # encoding produces no other
         else:
-            table[i] = following
-            following += 1
+            table[i] = known.get(model.id_to_piece(i), FAIRSEQ_SPECIALS.index("<unk>"))
     return table

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import fields
 
+import torch
 import torch.distributed as dist
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model, register_model_architecture
@@ -61,8 +62,16 @@ class SMoEDecoder(TransformerDecoderBase):
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False):
         self.layers_built = 0
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn)
+        self.untrained_tokens = cfg.untrained_tokens
         if cfg.in_step:
             self.layers = drop_alike(self.layers, "decoder")
+
+    def output_layer(self, features):
+        """Logits; those of tokens that have not been trained are -inf."""
+        logits = super().output_layer(features)
+        if self.untrained_tokens:
+            logits[..., -self.untrained_tokens :] = -torch.inf
+        return logits
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         index, self.layers_built = self.layers_built, self.layers_built + 1

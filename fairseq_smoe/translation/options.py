@@ -98,6 +98,11 @@ class LayerOptions(FairseqDataclass):
         "DS-Init: divide the initial weights of output layers by the root of their depth, to which "
         "every stratum counts as a layer",
     )
+    untrained_tokens: int = option(
+        0,
+        "so many tokens at the end of the vocabulary have not been trained, and are never chosen; "
+        "set by 'extend' in the checkpoint that it writes",
+    )
     moe_expert_parallel_size: Optional[int] = option(
         None,
         "number of processes over which the experts are sharded; it has to divide the number of "

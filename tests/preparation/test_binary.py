@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from fairseq_smoe.preparation import binary
 from fairseq_smoe.preparation.clean import tidy
-from fairseq_smoe.preparation.vocabulary import train_sentencepiece, write_dictionary
+from fairseq_smoe.preparation.vocabulary import (
+    joint_symbols,
+    train_sentencepiece,
+    write_dictionary,
+)
 
 NASTY = [
     "",
@@ -50,7 +54,7 @@ def folder(tmp_path_factory):
     (folder / "sample").write_text("\n".join(map(" ".join, zip(known[::2], known[1::2]))) + "\n")
     train_sentencepiece(folder / "sample", folder / "spm.model", 27, 1.0)
     model = spm.SentencePieceProcessor(model_file=str(folder / "spm.model"))
-    write_dictionary(model, ["de", "en"], folder / "dict.txt")
+    write_dictionary(joint_symbols(model, ["de", "en"]), folder / "dict.txt")
     return folder
 
 
@@ -60,7 +64,7 @@ def binarise(folder, targets, chunk_lines=400):
     bounds = binary.chunk_bounds(text, chunk_lines)
     chunks = binary.chunk_files(folder, f"{targets[0].name}-chunk", len(bounds))
     jobs = [(text, start, stop, chunk) for (start, stop), chunk in zip(bounds, chunks)]
-    binary.encode_chunks(jobs, folder / "spm.model", np.dtype(np.uint16))
+    binary.encode_chunks(jobs, folder / "spm.model", folder / "dict.txt", np.dtype(np.uint16))
     return binary.binarise(chunks, targets)
 
 

@@ -76,7 +76,8 @@ def test_a_sample_depends_on_the_seed_alone(tmp_path):
 
 
 def test_language_tokens_do_not_depend_on_the_order_of_languages(model, tmp_path):
-    vocabulary.write_dictionary(model, ["de", "en", "nl"], tmp_path / "dict.txt")
+    symbols = vocabulary.joint_symbols(model, ["de", "en", "nl"])
+    vocabulary.write_dictionary(symbols, tmp_path / "dict.txt")
     tokens = {}
     for order in (["de", "en", "nl"], ["nl", "en", "de"], ["en"]):
         dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
@@ -88,11 +89,13 @@ def test_language_tokens_do_not_depend_on_the_order_of_languages(model, tmp_path
 
 
 def test_numbers_are_those_that_fairseq_gives_the_pieces(model, tmp_path):
-    vocabulary.write_dictionary(model, ["de", "en"], tmp_path / "dict.txt")
+    symbols = vocabulary.joint_symbols(model, ["de", "en"])
+    vocabulary.write_dictionary(symbols, tmp_path / "dict.txt")
+    assert vocabulary.read_dictionary(tmp_path / "dict.txt") == symbols
     dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
     pieces = [model.id_to_piece(i) for i in range(3, len(model))]
     expected = [dictionary.index(piece) for piece in pieces]
-    assert vocabulary.fairseq_ids(model)[3:].tolist() == expected
+    assert vocabulary.fairseq_ids(model, symbols)[3:].tolist() == expected
     assert len(set(expected)) == len(expected) and min(expected) == 4
     assert (dictionary.pad(), dictionary.eos(), dictionary.unk()) == (1, 2, 3)
 

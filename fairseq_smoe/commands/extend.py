@@ -1,0 +1,146 @@
+"""Add languages to a trained model.
+
+The text of the new languages is prepared as by 'prepare', whose options may be given as well
+(--splits, --clean, --workers, ...). DIR/data then has it and the text of the training beside it, and
+DIR/checkpoint.pt is the model with the new tokens. It translates as before until it is trained on.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from fairseq_smoe.errors import OptionError
+
+PASSES_ON_OPTIONS = True
+CHECKPOINT, DATA = "checkpoint.pt", "data"
+
+
+def add_arguments(parser):
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "docs/finetune.md says how to go on from there."
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="the trained model; it is not changed")
+    add("--to", type=Path, required=True, metavar="DIR", help="folder to write")
+    add(
+        "--with-text",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="folders or archives with parallel text, as of 'prepare --from'",
+    )
+    add(
+        "--pairs",
+        required=True,
+        metavar="A-B,...",
+        help="language pairs of that text, each with a new language",
+    )
+    add("--data", type=Path, metavar="DIR", help="data folder of the training (default: as it was)")
+    add(
+        "--new-pieces",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="size of the SentencePiece model of each new language; those of its pieces that the "
+        "vocabulary lacks are added. 0: add none (default: %(default)s)",
+    )
+    add(
+        "--initial",
+        choices=("spelling", "mean"),
+        default="spelling",
+        help="what a new piece begins as: the mean of the old pieces that spell it, or of all "
+        "(default: %(default)s)",
+    )
+    add(
+        "--like",
+        metavar="LANG",
+        help="language that new ones are similar to: their tokens begin as its token (default: the "
+        "mean of all languages)",
+    )
+    add(
+        "--without-old-text",
+        action="store_true",
+        help="leave the text of the training out of DIR/data, instead of linking or copying it",
+    )
+
+
+def run(args):
+    output, data = args.to / CHECKPOINT, args.to / DATA
+    if output.exists():
+        raise OptionError(f"--to {args.to}: has a {CHECKPOINT}; choose another")
+    if args.new_pieces < 0:
+        raise OptionError(f"--new-pieces {args.new_pieces}: expected 0 or more")
+    from fairseq_smoe.evaluation import set_up_fairseq
+
+    set_up_fairseq()
+    from fairseq_smoe.checkpoints import files
+    from fairseq_smoe.checkpoints.transform import replace
+    from fairseq_smoe.conversion.extend import add_tokens
+    from fairseq_smoe.conversion.source import Source
+    from fairseq_smoe.preparation.progress import prepare
+
+    source = Source(args.checkpoint)
+    old_data = args.data or _data_of(source)
+    _check_pairs(args.pairs, source, old_data)
+    prepare(_prepare_options(args, data, old_data))
+    if not args.without_old_text:
+        link_text(old_data, data)
+    number = add_tokens(source, data, args.initial, args.like)
+    try:
+        replace(files.write, source.result(), output)
+    except OSError as error:
+        raise OptionError(f"{error.filename or output}: {error.strerror or error}") from error
+    print(f"{output}: {number:,} new tokens; it translates as before. To train it on:")
+    print(f"fairseq-train {data} --finetune-from-model {output} ...")
+
+
+def _data_of(source):
+    folder = source.task_option("data")
+    folder = Path(folder.split(os.pathsep)[0]) if folder else None
+    if folder is None or not folder.is_dir():
+        raise OptionError(
+            f"--data: {source.path} was trained with {folder}, which is not there; give its folder"
+        )
+    return folder
+
+
+def _check_pairs(text, source, data):
+    """Raises:
+    OptionError: a pair has no new language.
+    """
+    from fairseq_smoe.preparation.extended_vocabulary import read_base
+    from fairseq_smoe.preparation.plan import parse_pairs
+
+    known = read_base(data).languages
+    for pair in parse_pairs(text):
+        if all(lang in known for lang in pair.split("-")):
+            raise OptionError(
+                f"--pairs {pair}: {source.path} knows both languages; to train it on more text of "
+                "them, see docs/finetune.md"
+            )
+
+
+def _prepare_options(args, data, old_data):
+    from fairseq_smoe.preparation.options import add_arguments as add_prepare_arguments
+
+    parser = argparse.ArgumentParser(prog="python -m fairseq_smoe extend", allow_abbrev=False)
+    add_prepare_arguments(parser)
+    own = ["--from", *args.with_text, "--pairs", args.pairs, "--to", str(data)]
+    own += ["--vocabulary-of", str(old_data), "--vocab-size", str(args.new_pieces)]
+    return parser.parse_args([*args.more, *own])
+
+
+def link_text(old, new):
+    """Let the binary files and the text of a data folder be in another one as well: as links where
+    the file system has them, else as copies. Files that are there stay."""
+    for pattern in ("*.*-*.*.*", "shard*/*.*-*.*.*"):
+        for path in sorted(old.glob(pattern)):
+            target = new / path.relative_to(old)
+            if path.suffix not in (".bin", ".idx", ".txt") or target.exists():
+                continue
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
