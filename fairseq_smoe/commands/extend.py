@@ -14,6 +14,8 @@ from fairseq_smoe.errors import OptionError
 
 PASSES_ON_OPTIONS = True
 CHECKPOINT, DATA = "checkpoint.pt", "data"
+# options of prepare, and how they are called here
+OTHER_NAMES = {"--from": "--with-text", "--vocab-size": "--new-pieces", "--vocabulary-of": "--data"}
 
 
 def add_arguments(parser):
@@ -21,7 +23,7 @@ def add_arguments(parser):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "docs/finetune.md says how to go on from there."
     add = parser.add_argument
-    add("checkpoint", type=Path, help="the trained model; it is not changed")
+    add("checkpoint", type=Path, help="the trained model, or folder of a training; it is not changed")
     add("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     add(
         "--with-text",
@@ -78,12 +80,19 @@ def run(args):
     from fairseq_smoe.checkpoints.transform import replace
     from fairseq_smoe.conversion.extend import add_tokens
     from fairseq_smoe.conversion.source import Source
+    from fairseq_smoe.inference.sources import find_checkpoint
     from fairseq_smoe.preparation.progress import prepare
 
-    source = Source(args.checkpoint)
+    source = Source(find_checkpoint(args.checkpoint))
     old_data = args.data or _data_of(source)
-    _check_pairs(args.pairs, source, old_data)
-    prepare(_prepare_options(args, data, old_data))
+    try:
+        _check_pairs(args.pairs, source, old_data)
+        prepare(_prepare_options(args, data, old_data))
+    except OptionError as error:
+        message = str(error)
+        for theirs, ours in OTHER_NAMES.items():
+            message = message.replace(theirs, ours)
+        raise OptionError(message) from error
     if not args.without_old_text:
         link_text(old_data, data)
     number = add_tokens(source, data, args.initial, args.like)

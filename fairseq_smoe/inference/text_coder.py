@@ -30,7 +30,8 @@ class TextCoder:
     def encode(self, text, language):
         """(S,) int64: the text's pieces and the end of the sentence."""
         processor = self._processor(sentencepiece_file(self._folder, language))
-        pieces = " ".join(processor.encode(text, out_type=str))
+        # by ids: what this language's model does not know, another language may
+        pieces = " ".join(map(processor.id_to_piece, processor.encode(text)))
         return self._dictionary.encode_line(pieces, append_eos=True, add_if_not_exist=False).long()
 
     def pieces(self, tokens, hidden=()):

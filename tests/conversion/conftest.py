@@ -1,0 +1,1 @@
+from spoken_model import generated, spoken, spoken_data  # noqa: F401

@@ -1,0 +1,192 @@
+"""Adding languages to a trained model."""
+
+import random
+import shutil
+import subprocess
+
+import pytest
+import toy_task
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_smoe import Translator
+from fairseq_smoe.__main__ import main
+
+OLD = ("en", "aa", "bb")
+
+
+def write_text(folder, lang):
+    """Text of en and a new language, which says ``lang3`` for ``en3``, in the same order."""
+    folder.mkdir(exist_ok=True)
+    draw = random.Random(lang)
+    for split, lines in (("train", 400), ("valid", 20), ("test", 20)):
+        sentences = [draw.choices(range(8), k=draw.randint(1, 6)) for _ in range(lines)]
+        for language in ("en", lang):
+            text = "".join(" ".join(f"{language}{n}" for n in s) + "\n" for s in sentences)
+            (folder / f"{split}.en-{lang}.{language}").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def new_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("new-text")
+    for lang in ("cc", "dd"):
+        write_text(folder, lang)
+    return folder
+
+
+def extend(checkpoint, text, pairs, to, *more):
+    words = ["--with-text", text, "--pairs", pairs, "--to", to, "--new-pieces", 14]
+    words += ["--clean", "none", "--workers", 1, *more]
+    main(["extend", str(checkpoint), *map(str, words)])
+    return to / "checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def extended(spoken, new_text, tmp_path_factory):
+    best = spoken / "checkpoints" / "checkpoint_best.pt"
+    return extend(best, new_text, "en-cc", tmp_path_factory.mktemp("extended") / "new")
+
+
+def weights(path):
+    state = torch.load(path, weights_only=False)
+    options = state["cfg"]["model"]
+    return state["model"], options if isinstance(options, dict) else vars(options)
+
+
+def symbols(folder):
+    return Dictionary.load(str(folder / "dict.txt")).symbols
+
+
+@pytest.mark.parametrize("direction", toy_task.DIRECTIONS)
+def test_old_directions_are_translated_as_before(direction, spoken, extended, generated):
+    own, (source, target) = generated[direction], direction.split("-")
+    texts = [*own.sources, "strange <unk> signs: ß cc3 \u2581 \u2603"]
+    before, after = (
+        Translator.load(path).translate(texts, source, target, n_best=3, with_scores=True)
+        for path in (spoken, extended)
+    )
+    assert [r.text for r in after[:-1]] == own.lines
+    for ours, theirs in zip(after, before, strict=True):
+        for new, old in zip(ours.hypotheses, theirs.hypotheses, strict=True):
+            assert new.pieces == old.pieces
+            assert new.score == pytest.approx(old.score, abs=1e-5)
+
+
+def test_fairseq_generate_translates_old_text_of_the_new_folder(extended, generated):
+    own = generated["en-aa"]
+    options = ("--remove-bpe", "sentencepiece", "--beam", "5")
+    outcome = toy_task.generate(extended.parent / "data", extended, "en-aa", *options)
+    assert [outcome.sentences[i][1] for i in sorted(outcome.sentences)] == own.lines
+
+
+def test_what_was_there_keeps_its_place(spoken_data, extended):
+    data = extended.parent / "data"
+    before, after = symbols(spoken_data), symbols(data)
+    assert after[: len(before)] == before and after[-1] == "__cc__" and len(after) > len(before) + 1
+    assert (data / "spm.model").read_bytes() == (spoken_data / "spm.model").read_bytes()
+    assert (data / "langs.txt").read_text().split() == ["aa", "bb", "en", "cc"]
+    for name in ("train.en-aa.aa.bin", "test.en-bb.en.txt"):  # to be mixed with the new text
+        assert (data / name).read_bytes() == (spoken_data / name).read_bytes()
+    tensors, options = weights(extended)
+    assert options["untrained_tokens"] == len(after) - len(before)
+    embeddings = [tensors[f"{side}.embed_tokens.weight"] for side in ("encoder", "decoder")]
+    assert len({rows.untyped_storage().data_ptr() for rows in embeddings}) == 1
+    assert len(embeddings[0]) == len(after)
+
+
+def test_new_tokens_begin_as_what_spells_them(spoken_data, extended):
+    before, after = symbols(spoken_data), symbols(extended.parent / "data")
+    rows = weights(extended)[0]["encoder.embed_tokens.weight"]
+    tokens = [before.index(f"__{lang}__") for lang in OLD]
+    torch.testing.assert_close(rows[-1], rows[tokens].mean(0))
+    assert all(rows[len(before) :].norm(dim=1) > 0)
+    mean = rows[4 : len(before)].mean(0)
+    spelt = [i for i in range(len(before), len(after) - 1) if not torch.allclose(rows[i], mean)]
+    assert spelt  # of parts that the old vocabulary knows
+
+
+def test_twice_is_once_by_both(spoken, extended, new_text, tmp_path):
+    best = spoken / "checkpoints" / "checkpoint_best.pt"
+    twice = extend(extended, new_text, "en-dd", tmp_path / "twice")
+    once = extend(best, new_text, "en-cc,en-dd", tmp_path / "once")
+    (ours, options), (theirs, others) = weights(twice), weights(once)
+    assert ours.keys() == theirs.keys() and options["untrained_tokens"] == others["untrained_tokens"]
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    for path in sorted((once.parent / "data").glob("*.*")):
+        if path.suffix in (".bin", ".idx", ".model") or path.name.startswith("dict."):
+            assert path.read_bytes() == (twice.parent / "data" / path.name).read_bytes(), path
+
+
+def test_training_goes_on_with_old_and_new_text(extended, tmp_path):
+    data = extended.parent / "data"
+    toy_task.train(
+        *(data, tmp_path, *toy_task.MODELS["smoe"], "--finetune-from-model", extended),
+        **{"lang_pairs": "en-cc,cc-en,en-bb,bb-en", **toy_task.LONG_ENOUGH, "max_update": 150},
+    )
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    tensors, options = weights(checkpoint)
+    assert options["untrained_tokens"] == 0
+    translator = Translator.load(checkpoint)
+    assert ("en", "cc") in translator.directions
+    found = translator.translate("en1 en2 en3", "en", "cc").text
+    assert "cc" in found and translator.translate("cc5", "cc", "en").text.startswith("en")
+    main(["pack", str(checkpoint), "--to", str(tmp_path / "packed")])
+    assert (tmp_path / "packed" / "spm.cc.model").is_file()
+    packed = Translator.load(tmp_path / "packed")
+    assert packed.translate("en1 en2 en3", "en", "cc").text == found
+    assert packed.translate("cc1 cc7", "cc", "en") == translator.translate("cc1 cc7", "cc", "en")
+
+
+def test_an_interrupted_call_goes_on(spoken, new_text, extended, tmp_path):
+    """Killed while it prepares text; the same command then comes to the same result."""
+    words = ("--with-text", new_text, "--pairs", "en-cc", "--to", tmp_path / "new")
+    words += ("--new-pieces", 14, "--clean", "none", "--workers", 1)
+    command = ["python", "-m", "fairseq_smoe", "extend", spoken, *words]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=toy_task.REPOSITORY, env=toy_task.environment(),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("encode"):
+            break
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "new" / "checkpoint.pt").exists()
+    again = extend(spoken, new_text, "en-cc", tmp_path / "new")
+    ours, theirs = weights(again)[0], weights(extended)[0]
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_mistakes_are_told(spoken, spoken_data, extended, new_text, data, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for split in ("train", "valid", "test"):
+        for lang in ("en", "cc"):
+            (empty / f"{split}.en-cc.{lang}").write_text("")
+    other = shutil.copytree(spoken_data, tmp_path / "other")
+    lines = (other / "dict.txt").read_text().splitlines()
+    (other / "dict.txt").write_text("\n".join(lines[1:2] + lines[:1] + lines[2:]) + "\n")
+    for words, message in (
+        ([spoken, new_text, "en-aa", tmp_path / "a"], "--pairs en-aa: .* knows both languages"),
+        ([spoken, empty, "en-cc", tmp_path / "b"], "no training text of en-cc"),
+        ([spoken, new_text, "en-cc", extended.parent], "has a checkpoint.pt; choose another"),
+        ([spoken, new_text, "en-cc", tmp_path / "c", "--like", "zz"], "--like zz: the model knows"),
+        ([spoken, new_text, "en-cc", tmp_path / "d", "--data", data], "--data .*has no dict.txt"),
+        ([extended, new_text, "en-cc", tmp_path / "e"], "--pairs en-cc: .* knows both languages"),
+        ([spoken, new_text, "en-cc", tmp_path / "f", "--new-pieces", "-1"], "expected 0 or more"),
+        ([spoken, new_text, "en-dd", tmp_path / "g", "--data", other], "is another than that which"),
+        ([tmp_path / "none.pt", new_text, "en-cc", tmp_path / "h"], "none.pt"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=message):
+            extend(*words)
+    for name in "abcdefgh":
+        assert not (tmp_path / name / "checkpoint.pt").exists()
+
+
+def test_a_vocabulary_can_be_kept(spoken, spoken_data, new_text, tmp_path):
+    path = extend(spoken, new_text, "en-dd", tmp_path / "kept", "--new-pieces", 0, "--like", "bb")
+    before, after = symbols(spoken_data), symbols(path.parent / "data")
+    assert after == [*before, "__dd__"] and not (path.parent / "data" / "spm.dd.model").exists()
+    rows = weights(path)[0]["encoder.embed_tokens.weight"]
+    assert torch.equal(rows[-1], rows[before.index("__bb__")])
