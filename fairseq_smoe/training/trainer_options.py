@@ -5,6 +5,7 @@ import logging
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.criterion import MoELabelSmoothedCrossEntropy
 from fairseq_smoe.translation.layers import expert_layers
+from fairseq_smoe.translation.train_only import trains_rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,24 @@ def choose_backend_for_dropped_layers(cfg):
         cfg.ddp_backend = "legacy_ddp"
 
 
+def _check_train_only(cfg, group):
+    """Rows of a parameter are frozen by gradients of zero."""
+    text = getattr(cfg.model, "train_only", None)
+    if not text or not trains_rows(text):
+        return
+    decay = getattr(cfg.optimizer, "weight_decay", 0)
+    if decay:
+        raise OptionError(
+            f"--weight-decay {decay} with --train-only {text}: would change the rows that are not "
+            "trained; leave --weight-decay out"
+        )
+    if group is not None and "experts" in text:
+        raise OptionError(
+            f"--train-only {text} with --moe-expert-parallel-size {group.size}: a process has only "
+            "some of the experts; train with --moe-expert-parallel-size 1"
+        )
+
+
 def check_options(cfg, group):
     """Refuse options that do not work with sharded experts or with fully_sharded.
 
@@ -60,6 +79,7 @@ def check_options(cfg, group):
             ("pesc_freeze", "none"),
             ("mpo_central_mask_prob", 0),
             ("moefy_experts", 0),
+            ("train_only", None),
         ):
             value = getattr(cfg.model, name, default)
             if value != default:
@@ -67,6 +87,7 @@ def check_options(cfg, group):
                     f"--{name.replace('_', '-')} {value} with --ddp-backend fully_sharded: not "
                     "possible; use another backend"
                 )
+    _check_train_only(cfg, group)
     if group is None:
         if asked is not None and asked > 1:
             raise OptionError(

@@ -38,6 +38,7 @@ from fairseq_smoe.translation.options import (
     expert_parallel_size,
     is_expert_layer,
 )
+from fairseq_smoe.translation.train_only import train_only
 
 
 class SMoEEncoder(TransformerEncoderBase):
@@ -131,6 +132,8 @@ class SMoETransformer(TransformerModelBase):
             moefy_dense_layers(model, cfg)
         if not all(layer.routed_block.experts.trains_backbone for _, layer in expert_layers(model)):
             freeze_backbone(model)
+        if options.train_only:
+            train_only(model, options.train_only)
         return model
 
     @classmethod

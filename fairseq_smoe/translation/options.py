@@ -20,6 +20,7 @@ from fairseq_smoe.moe.kind import option
 from fairseq_smoe.moe.pass_scale import parse_pass_scale
 from fairseq_smoe.moe.strata import format_strata, parse_strata, split_strata
 from fairseq_smoe.translation.depth_init import DEPTH_INIT_EXPERTS
+from fairseq_smoe.translation.train_only import parse_train_only
 
 DEFAULT_STRATA = "4-4"
 GROUPED_MULTIPLE = 8  # 16 bytes of half precision
@@ -97,6 +98,11 @@ class LayerOptions(FairseqDataclass):
         False,
         "DS-Init: divide the initial weights of output layers by the root of their depth, to which "
         "every stratum counts as a layer",
+    )
+    train_only: Optional[str] = option(
+        None,
+        "train only parameters whose names contain one of these words, separated by commas, e.g. "
+        "gates,embed_tokens; embed_tokens[2000:] means the rows from 2000 on (default: train all)",
     )
     untrained_tokens: int = option(
         0,
@@ -256,6 +262,10 @@ def check_options(options):
     """
     strata = resolve_strata(options)
     check_kinds(options, strata)
+    if options.train_only is not None:
+        parse_train_only(options.train_only)
+    if options.untrained_tokens < 0:
+        raise OptionError(f"--untrained-tokens {options.untrained_tokens}: expected 0 or more")
     if options.moefy_dense and _count_expert_layers(options) == _count_layers(options):
         raise OptionError(
             f"--moefy-dense with --moe-freq {options.moe_freq}: there is no dense layer; for the "
