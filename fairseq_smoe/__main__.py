@@ -20,7 +20,7 @@ COMMANDS = {
     "analyse": "count requested capacity per direction, block and token type",
     "plot": "draw requested capacity, experts and training curves",
     "checkpoint": "inspect, merge, split, strip and average checkpoints",
-    "extend": "add languages to a trained model",
+    "extend": "add languages or experts to a trained model",
     "convert": "make a trained model into a mixture of experts, or into a smaller one",
     "serve": "serve translations over HTTP, with a page for the browser",
     "pack": "put all that translation needs into one folder",

@@ -1,4 +1,4 @@
-"""Add languages to a trained model.
+"""Add languages or experts to a trained model.
 
 The text of the new languages is prepared as by 'prepare', whose options may be given as well
 (--splits, --clean, --workers, ...). DIR/data then has it and the text of the training beside it, and
@@ -28,15 +28,11 @@ def add_arguments(parser):
     add(
         "--with-text",
         nargs="+",
-        required=True,
         metavar="PATH",
         help="folders or archives with parallel text, as of 'prepare --from'",
     )
     add(
-        "--pairs",
-        required=True,
-        metavar="A-B,...",
-        help="language pairs of that text, each with a new language",
+        "--pairs", metavar="A-B,...", help="language pairs of that text, each with a new language"
     )
     add("--data", type=Path, metavar="DIR", help="data folder of the training (default: as it was)")
     add(
@@ -61,6 +57,20 @@ def add_arguments(parser):
         "mean of all languages)",
     )
     add(
+        "--add-experts",
+        metavar="STRATUM:N,...",
+        help="add experts to strata, which begin as copies of those that are there: 2:4 adds four to "
+        "the second stratum",
+    )
+    add(
+        "--expert-noise",
+        type=float,
+        default=0.01,
+        metavar="S",
+        help="standard deviation of what is added to the numbers of new experts, relative to their "
+        "root mean square in a tensor (default: %(default)s)",
+    )
+    add(
         "--without-old-text",
         action="store_true",
         help="leave the text of the training out of DIR/data, instead of linking or copying it",
@@ -73,17 +83,42 @@ def run(args):
         raise OptionError(f"--to {args.to}: has a {CHECKPOINT}; choose another")
     if args.new_pieces < 0:
         raise OptionError(f"--new-pieces {args.new_pieces}: expected 0 or more")
+    if bool(args.with_text) != bool(args.pairs) or not (args.pairs or args.add_experts):
+        raise OptionError("--with-text: give text and --pairs to add languages, or --add-experts")
     from fairseq_smoe.evaluation import set_up_fairseq
 
     set_up_fairseq()
     from fairseq_smoe.checkpoints import files
     from fairseq_smoe.checkpoints.transform import replace
     from fairseq_smoe.conversion.extend import add_tokens
+    from fairseq_smoe.conversion.more_experts import add_experts
     from fairseq_smoe.conversion.source import Source
     from fairseq_smoe.inference.sources import find_checkpoint
+    from fairseq_smoe.moe.strata import format_strata
+    from fairseq_smoe.translation.untrained_experts import parse_untrained_experts
+
+    numbers = parse_untrained_experts(args.add_experts or "", "--add-experts")
+    source = Source(find_checkpoint(args.checkpoint))
+    facts = []
+    if numbers:
+        strata = add_experts(source, numbers, args.expert_noise)
+        facts.append(f"{sum(numbers.values())} new experts, --smoe-strata {format_strata(strata)}")
+    if args.pairs:
+        _prepare(args, source, data)
+        number = add_tokens(source, data, args.initial, args.like)
+        facts.append(f"{number:,} new tokens")
+    try:
+        replace(files.write, source.result(), output)
+    except OSError as error:
+        raise OptionError(f"{error.filename or output}: {error.strerror or error}") from error
+    print(f"{output}: {', '.join(facts)}; it translates as before. To train it on:")
+    print(f"fairseq-train {data if args.pairs else 'DATA'} --finetune-from-model {output} ...")
+
+
+def _prepare(args, source, data):
+    """Prepare the text of new languages, beside that of the training."""
     from fairseq_smoe.preparation.progress import prepare
 
-    source = Source(find_checkpoint(args.checkpoint))
     old_data = args.data or _data_of(source)
     try:
         _check_pairs(args.pairs, source, old_data)
@@ -95,13 +130,6 @@ def run(args):
         raise OptionError(message) from error
     if not args.without_old_text:
         link_text(old_data, data)
-    number = add_tokens(source, data, args.initial, args.like)
-    try:
-        replace(files.write, source.result(), output)
-    except OSError as error:
-        raise OptionError(f"{error.filename or output}: {error.strerror or error}") from error
-    print(f"{output}: {number:,} new tokens; it translates as before. To train it on:")
-    print(f"fairseq-train {data} --finetune-from-model {output} ...")
 
 
 def _data_of(source):

@@ -76,6 +76,7 @@ class Gate(Kind, nn.Module):
         stratum: number of the gate's stratum, from 0. The block sets it.
         sizes: number of experts of each stratum that the gate sees, its own first.
         alive_E: (E,) bool buffer, the experts that tokens may visit; None for all.
+        closed_E: (E,) bool buffer, the experts whose logits are -inf; None for none. It is not saved.
         counts: int64 buffer, the sums of what the gate has counted in training, over the tokens of
             all processes; None for a gate that counts nothing.
         recording: whether the gate counts in the next forward passes.
@@ -93,6 +94,7 @@ class Gate(Kind, nn.Module):
         self.stratum = 0
         self.sizes = self._initially_alive = (num_experts,)
         self.register_buffer("alive_E", None)
+        self.register_buffer("closed_E", None, persistent=False)
         self.register_buffer("counts", None)
 
     @classmethod
@@ -118,6 +120,10 @@ class Gate(Kind, nn.Module):
         """Add a number to each expert's logit, at first 0."""
         self.logit_bias = nn.Parameter(self.weight.new_zeros(len(self.weight)))
 
+    def close(self, closed_E):
+        """Let no token visit the experts that (E,) bool marks."""
+        self.closed_E = closed_E.to(self.weight.device)
+
     def num_alive(self):
         """How many experts of each stratum that the gate sees, its own first, are alive; on the
         meta device, at the start."""
@@ -131,7 +137,10 @@ class Gate(Kind, nn.Module):
 
     def logits(self, tokens_TD):
         """(T, E) in at least float32 (paper, eq. 5)."""
-        return gate_logits(tokens_TD, self.weight, self.logit_bias)
+        logits_TE = gate_logits(tokens_TD, self.weight, self.logit_bias)
+        if self.closed_E is None:
+            return logits_TE
+        return logits_TE.masked_fill(self.closed_E, -math.inf)
 
     def forward(self, tokens_TD, here_T=None):
         """The :class:`Choices` of the tokens.

@@ -39,6 +39,7 @@ from fairseq_smoe.translation.options import (
     is_expert_layer,
 )
 from fairseq_smoe.translation.train_only import train_only
+from fairseq_smoe.translation.untrained_experts import close_experts
 
 
 class SMoEEncoder(TransformerEncoderBase):
@@ -132,6 +133,8 @@ class SMoETransformer(TransformerModelBase):
             moefy_dense_layers(model, cfg)
         if not all(layer.routed_block.experts.trains_backbone for _, layer in expert_layers(model)):
             freeze_backbone(model)
+        if options.untrained_experts:
+            close_experts(model, options.untrained_experts)
         if options.train_only:
             train_only(model, options.train_only)
         return model

@@ -109,6 +109,11 @@ class LayerOptions(FairseqDataclass):
         "so many tokens at the end of the vocabulary have not been trained, and are never chosen; "
         "set by 'extend' in the checkpoint that it writes",
     )
+    untrained_experts: Optional[str] = option(
+        None,
+        "so many experts at the end of strata have not been trained, and are never chosen, e.g. 2:4 "
+        "for four of the second stratum; set by 'extend' in the checkpoint that it writes",
+    )
     moe_expert_parallel_size: Optional[int] = option(
         None,
         "number of processes over which the experts are sharded; it has to divide the number of "

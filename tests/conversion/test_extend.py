@@ -190,3 +190,70 @@ def test_a_vocabulary_can_be_kept(spoken, spoken_data, new_text, tmp_path):
     assert after == [*before, "__dd__"] and not (path.parent / "data" / "spm.dd.model").exists()
     rows = weights(path)[0]["encoder.embed_tokens.weight"]
     assert torch.equal(rows[-1], rows[before.index("__bb__")])
+
+
+@pytest.fixture(scope="module")
+def with_experts(spoken, tmp_path_factory):
+    """Three more experts in the second stratum of 2-2-2-2, one in the last."""
+    folder = tmp_path_factory.mktemp("experts") / "new"
+    main(["extend", str(spoken), "--add-experts", "2:3,4:1", "--to", str(folder)])
+    return folder / "checkpoint.pt"
+
+
+def test_more_experts_translate_as_before(spoken, with_experts, generated):
+    for direction in ("en-aa", "bb-en"):
+        own = generated[direction]
+        before, after = (
+            Translator.load(path).translate(own.sources, *direction.split("-"), with_scores=True)
+            for path in (spoken, with_experts)
+        )
+        assert [r.text for r in after] == own.lines
+        for new, old in zip(after, before, strict=True):
+            assert new.hypotheses[0].score == pytest.approx(old.hypotheses[0].score, abs=1e-5)
+
+
+def test_new_experts_begin_as_copies_at_the_ends_of_their_strata(spoken, with_experts):
+    before = weights(spoken / "checkpoints" / "checkpoint_best.pt")[0]
+    after, options = weights(with_experts)
+    assert (options["smoe_strata"], options["untrained_experts"]) == ("2-5-2-3", "2:3,4:1")
+    old = [0, 1, 2, 3, 7, 8, 9, 10]  # and 4, 5, 6 and 11 are new
+    block = next(name for name in after if name.endswith("experts.fc1_weight"))[:-18]
+    for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
+        ours, theirs = after[f"{block}experts.{name}"], before[f"{block}experts.{name}"]
+        assert torch.equal(ours[old], theirs)
+        copied = theirs[[2, 3, 2, 6]]
+        assert not torch.equal(ours[[4, 5, 6, 11]], copied)  # noise
+        torch.testing.assert_close(ours[[4, 5, 6, 11]], copied, rtol=0.1, atol=0.1)
+    gates = [after[f"{block}gates.{i}.weight"] for i in range(4)]
+    assert [len(gate) for gate in gates] == [12, 10, 5, 3]
+    assert torch.equal(gates[1][[2, 3, 4]], before[f"{block}gates.1.weight"][[0, 1, 0]])
+
+
+def test_training_opens_the_new_experts(with_experts, spoken_data, tmp_path):
+    words = ("--smoe-strata", "2-5-2-3", "--finetune-from-model", with_experts)
+    words += ("--train-only", "gates,experts")
+    toy_task.train(spoken_data, tmp_path, *words, max_update=20, lr=1e-2)
+    before, after = weights(with_experts)[0], weights(tmp_path / "checkpoint_last.pt")[0]
+    name = next(name for name in after if name.endswith("experts.fc1_weight"))
+    assert all((after[name] != before[name]).flatten(1).any(1)[[4, 5, 6, 11]])
+    assert Translator.load(tmp_path / "checkpoint_last.pt").translate("en1", "en", "aa").text
+
+
+def test_experts_twice_and_with_a_language(with_experts, new_text, tmp_path):
+    words = ("--add-experts", "4:1")
+    path = extend(with_experts, new_text, "en-cc", tmp_path / "both", *words)
+    options = weights(path)[1]
+    assert (options["smoe_strata"], options["untrained_experts"]) == ("2-5-2-4", "2:3,4:2")
+    assert options["untrained_tokens"] > 0
+    assert Translator.load(path).translate("en1 en2", "en", "aa").text
+
+
+def test_mistakes_about_experts_are_told(spoken, trained, tmp_path):
+    for checkpoint, words, message in (
+        (spoken, ["--add-experts", "5:1"], "has the strata 2-2-2-2; give a stratum from 1 to 4"),
+        (spoken, ["--add-experts", "two"], "--add-experts two: expected STRATUM:NUMBER"),
+        (spoken, [], "--with-text: give text and --pairs"),
+        (trained("dense"), ["--add-experts", "1:1"], "is a dense model"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["extend", str(checkpoint), *words, "--to", str(tmp_path / "x")])
