@@ -18,6 +18,7 @@ USE_PACKED = """\
 
 or `python -m fairseq_smoe translate PATH --source ... --target ...`.
 """
+DENSE = "none, dense"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -49,10 +50,11 @@ def model_card(described, model, run, name, license_id, use=USE_PACKED, library=
     beside = [described.path.parent, described.path.parent.parent]
     runs = beside if run is None else [run]
     languages = "".join(f"- {language}\n" for language in described.languages)
+    experts = describe_experts(described.options)
     facts = [
         f"| parameters | {count_parameters(model):,} |",
         f"| forward FLOPs a token | {flops / 1e6:.1f} million, under uniform gates |",
-        f"| experts | {describe_experts(described.options)} |",
+        f"| experts | {experts} |",
         f"| updates | {described.num_updates:,} |",
         f"| directions | {', '.join(directions)} |",
     ]
@@ -60,22 +62,25 @@ def model_card(described, model, run, name, license_id, use=USE_PACKED, library=
     trained = "" if command is None else f"\n## Training\n\n    {command}\n"
     scores = next(filter(None, map(_scores, runs)), "")
     source, target = directions[0].split("-")
+    kind = tag = ""
+    if experts != DENSE:
+        kind = " with experts in strata (Xu et al. 2023, arXiv 2305.02176)"
+        tag = "- mixture-of-experts\n"
     use = use.replace("{source}", source).replace("{target}", target)
     return f"""---
 license: {license_id}
 language:
 {languages}tags:
 - translation
-- mixture-of-experts
-- fairseq-smoe
+{tag}- fairseq-smoe
 library_name: {library}
 pipeline_tag: translation
 ---
 
 # {name}
 
-A multilingual translation model with experts in strata (Xu et al. 2023, arXiv 2305.02176), trained
-with fairseq-smoe.
+A multilingual translation model{kind},
+trained with fairseq-smoe.
 
 | | |
 |---|---|
@@ -93,7 +98,7 @@ def describe_experts(options):
 
     periods = {side: expert_layer_period(options, side) for side in ("encoder", "decoder")}
     if not any(periods.values()):
-        return "none, dense"
+        return DENSE
     where = ", ".join(f"{side}: every {n} layers" for side, n in periods.items() if n)
     return f"strata {format_strata(resolve_strata(options))} ({where})"
 
