@@ -50,5 +50,5 @@ def export(checkpoint, target, file_format, make_card, data=None, quantization=N
             use = ctranslate2_folder.use(start)
         else:
             transformers_folder.write(folder, *parts, start, loaded.spm)
-            use = transformers_folder.use(start, (folder / "modeling_smoe.py").exists())
+            use = transformers_folder.use((folder / "modeling_smoe.py").exists())
         write_whole(folder / CARD, make_card(described, model, use, file_format))

@@ -19,7 +19,7 @@ USE = """\
     )
     model = AutoModelForSeq2SeqLM.from_pretrained("PATH OF THIS FOLDER"TRUSTED)
     batch = tokenizer(["..."], padding=True, return_tensors="pt")
-    found = model.generate(**batchFORCED)
+    found = model.generate(**batch, logits_processor=[tokenizer.rules()])
     print(tokenizer.batch_decode(found, skip_special_tokens=True))
 
 `trust_remote_code` lets transformers run FILES of this folder.
@@ -56,14 +56,11 @@ def write(folder, model, options, dictionary, start, spm):
         shutil.copyfile(TRAVELLING / "modeling_smoe.py", folder / "modeling_smoe.py")
 
 
-def use(start, has_experts):
+def use(has_experts):
     """The text of the README about translating."""
-    forced = ', forced_bos_token_id=tokenizer.language_id("{target}")' if start.target else ""
     files = ["`tokenization_smoe.py`", *(["`modeling_smoe.py`"] if has_experts else [])]
-    return (
-        USE.replace("TRUSTED", ", trust_remote_code=True" if has_experts else "")
-        .replace("FORCED", forced)
-        .replace("FILES", " and ".join(files))
+    return USE.replace("TRUSTED", ", trust_remote_code=True" if has_experts else "").replace(
+        "FILES", " and ".join(files)
     )
 
 
@@ -75,7 +72,6 @@ def generation(dictionary, start, most_tokens):
     """
     # the language's token, words, and the end
     first = int(start.target)
-    never = [[dictionary.pad()], *([dictionary.index(token)] for token in start.tokens.values())]
     return {
         "num_beams": BEAM,
         "length_penalty": LENGTH_PENALTY,
@@ -83,9 +79,6 @@ def generation(dictionary, start, most_tokens):
         "early_stopping": True,
         "max_new_tokens": min(first + MOST_WORDS + 1, most_tokens),
         "min_new_tokens": first + 1,
-        # languages are no words. "suppress_tokens" would forbid the forced first token, too
-        "bad_words_ids": [ids for ids in never if ids != [dictionary.unk()]],
-        "forced_eos_token_id": dictionary.eos(),
         "bos_token_id": dictionary.bos(),
         "pad_token_id": dictionary.pad(),
         "eos_token_id": dictionary.eos(),

@@ -6,7 +6,45 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
-from transformers import PreTrainedTokenizer
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizer
+
+
+class TranslationRules(LogitsProcessor):
+    """Which tokens may come next, as in fairseq's search: the token of the language first, then
+    words, and the end at the maximal length.
+
+    Tokens keep their log probability. ``forced_bos_token_id`` and ``forced_eos_token_id`` set it to
+    0, which ranks translations of different lengths a little otherwise.
+
+    Args:
+        first: id of the language's token; None for no such token.
+        eos: id of the end of the sentence.
+        no_words: ids that no translation has: padding, and all languages.
+        max_words: most tokens of a translation.
+    """
+
+    def __init__(self, first, eos, no_words, max_words):
+        self.first, self.eos = first, eos
+        self.no_words, self.max_words = list(no_words), max_words
+
+    def __call__(self, input_ids, scores):
+        words = input_ids.shape[1] - 1  # without the token that the decoder starts with
+        if self.first is not None:
+            words -= 1
+        if words < 0:
+            return self._only(self.first, scores)
+        if words == self.max_words:
+            return self._only(self.eos, scores)
+        return scores.index_fill(
+            1, torch.tensor(self.no_words, device=scores.device), -float("inf")
+        )
+
+    @staticmethod
+    def _only(token, scores):
+        masked = scores.new_full(scores.shape, -float("inf"))
+        masked[:, token] = scores[:, token]
+        return masked
 
 
 class SMoETokenizer(PreTrainedTokenizer):
@@ -105,6 +143,19 @@ class SMoETokenizer(PreTrainedTokenizer):
             known = ", ".join(self.language_tokens)
             raise ValueError(f"language {language!r}: expected one of {known}")
         return self._ids[self.language_tokens[language]]
+
+    def rules(self, max_words=200):
+        """:class:`TranslationRules` of translations into ``tgt_lang``, for the ``logits_processor`` of
+        ``generate``.
+
+        Args:
+            max_words: most tokens of a translation, without the language's and the end of the
+                sentence. ``max_new_tokens`` has to leave room for all of them.
+        """
+        first = self.language_id(self.tgt_lang) if self.target_token else None
+        languages = [self._ids[token] for token in self.language_tokens.values()]
+        no_words = [self.pad_token_id, *languages]
+        return TranslationRules(first, self.eos_token_id, no_words, max_words)
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         if token_ids_1 is not None:
