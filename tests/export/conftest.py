@@ -23,7 +23,7 @@ MODELS = {
     "strata": ["--smoe-strata", "2-2"],
 }
 UPDATES = {name: 250 for name in MODELS}
-UPDATES["dense"] = 1000  # the tokens of languages become certain, which CTranslate2 does not score
+UPDATES["dense"] = 500  # the tokens of languages become likely, which CTranslate2 does not score
 MOST_WORDS = 200  # of a translation
 LETTERS = str.maketrans("01234567", "knopqrst")
 
@@ -60,8 +60,8 @@ def learned(make_once, words_data):
 @pytest.fixture(scope="session")
 def generated(learned, words_data):
     """``generated(name)``: what fairseq-generate makes of the test sets, ``{direction: sources,
-    lines}``, without sentences whose translation it cut off. Other runtimes score the end of
-    those otherwise (docs/export.md)."""
+    lines, pieces, scores, cut_off}``. The scores are mean log2-probabilities; translations are cut
+    off at the maximal length."""
     found = {}
 
     def of_direction(name, direction):
@@ -74,14 +74,14 @@ def generated(learned, words_data):
         source = direction.split("-")[0]
         pair = "-".join(sorted(direction.split("-"), key=lambda lang: lang != "en"))
         text = words_data / f"test.{pair}.{source}.txt"
-        found = [outcome.sentences[i][1] for i in sorted(outcome.sentences)]
-        whole = [
-            (source, to_text(pieces))
-            for source, pieces in zip(text.read_text().splitlines(), found, strict=True)
-            if len(pieces.split()) < MOST_WORDS
-        ]
-        sources, lines = zip(*whole)
-        return SimpleNamespace(sources=list(sources), lines=list(lines))
+        found = [outcome.sentences[i] for i in sorted(outcome.sentences)]
+        return SimpleNamespace(
+            sources=text.read_text().splitlines(),
+            lines=[to_text(pieces) for _, pieces in found],
+            pieces=[pieces.split() for _, pieces in found],
+            scores=[score for score, _ in found],
+            cut_off=[len(pieces.split()) >= MOST_WORDS for _, pieces in found],
+        )
 
     def generated(name):
         if name not in found:

@@ -21,25 +21,49 @@ def exported(learned, tmp_path_factory):
 
 
 def translate(folder, texts, language, **options):
-    translator = ctranslate2.Translator(str(folder), inter_threads=1, intra_threads=1)
+    """Pieces of the translations, without the language's token."""
     spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     first = f"__{language}__"
-    found = translator.translate_batch(
+    found = open_folder(folder).translate_batch(
         [[first, *spm.encode(text, out_type=str)] for text in texts],
         target_prefix=[[first]] * len(texts),
         beam_size=5,
         max_decoding_length=201,
         **options,
     )
-    return ["".join(each.hypotheses[0][1:]).replace("▁", " ").strip() for each in found]
+    return [each.hypotheses[0][1:] for each in found]
+
+
+def open_folder(folder):
+    return ctranslate2.Translator(str(folder), inter_threads=1, intra_threads=1)
+
+
+def scores_of_words(folder, text, language, *translations):
+    """Mean log-probabilities as CTranslate2's search has them: without that of the language."""
+    spm = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    first = f"__{language}__"
+    source = [first, *spm.encode(text, out_type=str)]
+    scored = open_folder(folder).score_batch(
+        [source] * len(translations), [[first, *pieces] for pieces in translations]
+    )
+    return [sum(each.log_probs[1:]) / len(each.log_probs) for each in scored]
 
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_translations_are_those_of_fairseq_generate(batch, exported, generated):
+    equal = 0
     for direction, own in generated("dense").items():
         target = direction.split("-")[1]
         found = translate(exported, own.sources, target, max_batch_size=batch)
-        assert found == own.lines
+        for text, pieces, expected, cut_off in zip(
+            own.sources, found, own.pieces, own.cut_off, strict=True
+        ):
+            equal += pieces == expected
+            if pieces != expected and not cut_off:
+                # neither the language nor the end of what is cut off has a score (docs/export.md)
+                better, worse = scores_of_words(exported, text, target, pieces, expected)
+                assert better > worse - 1e-5
+    assert equal >= 230
 
 
 def test_the_readme_says_how_to_translate(exported, generated, tmp_path):
@@ -56,7 +80,7 @@ def test_weights_in_8_bits(learned, exported, generated, tmp_path):
     assert sizes[0] < 0.5 * sizes[1]
     own = generated("dense")["bb-en"]
     found = translate(folder, own.sources, "en")
-    assert sum(a == b for a, b in zip(found, own.lines)) > 0.8 * len(found)
+    assert sum(a == b for a, b in zip(found, own.pieces)) > 0.8 * len(found)
 
 
 def test_a_packed_model_is_exported_alike(learned, exported, tmp_path):

@@ -1,6 +1,7 @@
 """``export --format transformers``, with the real library."""
 
 import json
+import math
 
 import pytest
 import random_model
@@ -44,12 +45,20 @@ def load(transformers, folder):
 
 
 def translate(model, tokenizer, texts, direction):
+    return translate_with_scores(model, tokenizer, texts, direction)[0]
+
+
+def translate_with_scores(model, tokenizer, texts, direction):
+    """``(lines, scores)``, the scores as fairseq-generate prints them."""
     tokenizer.src_lang, tokenizer.tgt_lang = direction.split("-")
-    tokens = model.generate(
+    found = model.generate(
         **tokenizer(texts, padding=True, return_tensors="pt"),
         logits_processor=[tokenizer.rules()],
+        return_dict_in_generate=True,
+        output_scores=True,
     )
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    lines = tokenizer.batch_decode(found.sequences, skip_special_tokens=True)
+    return lines, (found.sequences_scores / math.log(2)).tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,15 +67,17 @@ def test_translations_are_those_of_fairseq_generate(name, transformers, exported
     expected = "M2M100" if name == "dense" else "SMoE"
     assert type(model).__name__ == f"{expected}ForConditionalGeneration"
     for direction, own in generated(name).items():
-        assert translate(model, tokenizer, own.sources, direction) == own.lines
-        assert len(set(own.lines)) > 30  # the model has learned something
+        lines, scores = translate_with_scores(model, tokenizer, own.sources, direction)
+        assert lines == own.lines
+        assert scores == pytest.approx(own.scores, abs=1e-5)
+        assert len(set(own.lines)) > 15  # the model has learned something
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_else_is_in_a_batch_changes_nothing(name, transformers, exported, generated):
     model, tokenizer = load(transformers, exported(name))
     for direction, own in generated(name).items():
-        for i in range(0, len(own.sources), 4):
+        for i in range(0, len(own.sources), 6):
             assert translate(model, tokenizer, own.sources[i], direction) == [own.lines[i]]
 
 
@@ -210,7 +221,9 @@ ODD = [
 ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(st.sampled_from(ODD) | st.text(max_size=30) | st.text("aenbkonpqrst ▁</s>", max_size=40))
 def test_any_text_has_the_ids_of_ours(coders, text):
     tokenizer, coder, dictionary = coders

@@ -145,7 +145,7 @@ class SMoETokenizer(PreTrainedTokenizer):
         return self._ids[self.language_tokens[language]]
 
     def rules(self, max_words=200):
-        """:class:`TranslationRules` of translations into ``tgt_lang``, for the ``logits_processor`` of
+        """:class:`TranslationRules` of translations into ``tgt_lang``, for ``logits_processor`` of
         ``generate``.
 
         Args:
