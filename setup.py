@@ -58,6 +58,8 @@ EXTRAS = {
     ],
     # export --format ctranslate2, and for comparison in scripts/bench_latency.py
     "ctranslate2": ["ctranslate2>=4.5"],
+    # using what export --format transformers writes; the tests compare it with the library
+    "transformers": ["transformers>=4.57"],
     "demo": [
         "polib",  # reads gettext catalogues
         "matplotlib",

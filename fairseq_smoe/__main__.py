@@ -6,9 +6,9 @@ import sys
 
 from fairseq_smoe.errors import OneLineError
 
-# subcommand -> what it does. The module of that name in commands/ has add_arguments(parser) and
-# run(args). Unknown options are an error, unless the module has PASSES_ON_OPTIONS = True and reads
-# them from args.more
+# subcommand -> what it does. The module of that name in commands/, with underscores, has
+# add_arguments(parser) and run(args). Unknown options are an error, unless the module has
+# PASSES_ON_OPTIONS = True and reads them from args.more
 COMMANDS = {
     "path": "print the folder to give to --user-dir",
     "catalogues": "turn translation catalogues into parallel text",
@@ -24,6 +24,8 @@ COMMANDS = {
     "convert": "make a trained model into a mixture of experts, or into a smaller one",
     "serve": "serve translations over HTTP, with a page for the browser",
     "pack": "put all that translation needs into one folder",
+    "export": "take a trained model to Hugging Face transformers or CTranslate2",
+    "import-nllb": "make a checkpoint of an NLLB-MoE model of Hugging Face transformers",
     "flops": "print parameters and FLOPs of every row of a table",
     "scaling": "compute what ranks send and hold when they share experts",
 }
@@ -40,7 +42,9 @@ def main(argv=None):
         subparser = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         # import only what is asked for: some commands need fairseq or matplotlib
         if argv[:1] == [name]:
-            modules[name] = importlib.import_module(f"fairseq_smoe.commands.{name}")
+            modules[name] = importlib.import_module(
+                f"fairseq_smoe.commands.{name.replace('-', '_')}"
+            )
             modules[name].add_arguments(subparser)
     args, args.more = parser.parse_known_args(argv)
     if args.more and not getattr(modules[args.command], "PASSES_ON_OPTIONS", False):

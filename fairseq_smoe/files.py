@@ -1,7 +1,8 @@
-"""Files that are either complete or absent."""
+"""Files and folders that are either complete or absent."""
 
 import errno
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +47,40 @@ def write_whole(path, text):
     """Write a text file that is either complete or absent."""
     with whole_file(path, "w", encoding="utf-8") as handle:
         handle.write(text)
+
+
+def require_new_folder(target, flag="--to"):
+    """Check that a folder can be made.
+
+    Raises:
+        OptionError: there is something of that name. An empty folder is fine.
+    """
+    target = Path(target)
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise OptionError(f"{flag} {target}: exists; give a new folder, or remove it")
+
+
+@contextmanager
+def whole_folder(target):
+    """A folder to write into. It gets the name ``target`` only when the block has ended without an
+    error; after one it is removed.
+
+    Raises:
+        OptionError: there is something of that name. An empty folder is replaced.
+    """
+    require_new_folder(target)
+    target = Path(target)
+    part = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with disk_space_for(target):
+            yield part
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def remove_unfinished(folder, pattern="*"):

@@ -49,7 +49,7 @@ def run(args):
     packed.pack(
         args.model,
         args.to,
-        lambda saved, model: model_card(saved, model, args.run, name, args.license),
+        lambda described, model: model_card(described, model, args.run, name, args.license),
         args.data,
     )
     size = sum(path.stat().st_size for path in args.to.iterdir())

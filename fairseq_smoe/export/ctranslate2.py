@@ -1,4 +1,4 @@
-"""Dense models for CTranslate2 (https://opennmt.net/CTranslate2), by its own model specification."""
+"""Dense models for CTranslate2 (https://opennmt.net/CTranslate2), by its model specification."""
 
 import torch
 from ctranslate2.converters import utils
@@ -6,6 +6,7 @@ from ctranslate2.specs import common_spec
 from ctranslate2.specs.transformer_spec import TransformerSpec
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.export.parameter_names import require_known
 from fairseq_smoe.translation.layers import expert_layers
 
 ACTIVATIONS = {
@@ -16,6 +17,8 @@ ACTIVATIONS = {
     "swish": common_spec.Activation.SWISH,
     "linear": None,
 }
+# besides those of layers, which of a model's parts may have parameters
+EXTRA_PARTS = ("embed_tokens", "embed_positions", "layernorm_embedding", "output_projection")
 
 
 def specification(model, options, dictionary):
@@ -62,13 +65,16 @@ def _check(model, options):
         raise OptionError(
             f"--format ctranslate2: does not know --activation-fn {options.activation_fn}"
         )
+    require_known(model, "--format ctranslate2", EXTRA_PARTS)
     sides = model.encoder, model.decoder
     first = [side.layers[0] for side in sides]
     if (
         any(side.embed_positions is None for side in sides)
         or len({layer.self_attn.num_heads for layer in first}) > 1
         or len({layer.normalize_before for layer in first}) > 1
+        or len({side.embed_tokens.embedding_dim for side in sides}) > 1
         or model.decoder.adaptive_softmax is not None
+        or model.decoder.cross_self_attention
         or model.decoder.project_in_dim is not None
         or model.decoder.layers[0].encoder_attn is None
     ):

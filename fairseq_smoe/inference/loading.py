@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation import set_up_fairseq
-from fairseq_smoe.inference.sources import SPM, Loaded, read_checkpoint
+from fairseq_smoe.inference.sources import SPM, Described, Loaded, read_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -45,8 +45,7 @@ def load_models(paths, device, data=None, dtype="float32"):
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise OptionError("no model: give a packed model, a checkpoint or the folder of a training")
-    set_up_fairseq()
-    loaded = [_load(Path(path), data) for path in paths]
+    loaded = [load_model(path, data) for path in paths]
     first = loaded[0]
     for path, other in zip(paths[1:], loaded[1:]):
         ours, theirs = (each.task.source_dictionary for each in (first, other))
@@ -71,21 +70,34 @@ def load_models(paths, device, data=None, dtype="float32"):
         for model in models if can_reorder(device) else ():
             reorder(model)
     models = [model.to(device) for model in models]
-    return Loaded(models, first.task, first.spm, first.directions)
+    return Loaded(models, first.task, first.spm, first.directions, first.described)
 
 
-def _load(path, data):
+def load_model(path, data=None):
+    """Load one model as it was trained: in float32, on the CPU, in evaluation mode.
+
+    Args:
+        path: see :meth:`~fairseq_smoe.inference.translator.Translator.load`.
+        data: see :func:`~fairseq_smoe.inference.sources.find_data`.
+
+    Returns:
+        :class:`~fairseq_smoe.inference.sources.Loaded`
+
+    Raises:
+        OptionError: a file is missing.
+    """
+    set_up_fairseq()
     from fairseq_smoe.inference import packed
 
+    path = Path(path)
     if packed.is_packed(path):
         if data is not None:
             raise OptionError(
                 f"data {data}: {path} is a packed model, which needs none; leave it out"
             )
         return packed.load(path)
-    from fairseq_smoe.evaluation.saved_model import trained_directions
-
     saved, folder = read_checkpoint(path, data)
-    directions = trained_directions(saved)
-    model, task = saved.build(directions)
-    return Loaded([model], task, folder / SPM, [tuple(d.split("-")) for d in directions])
+    described = Described.of(saved)
+    model, task = saved.build(described.directions)
+    directions = [tuple(direction.split("-")) for direction in described.directions]
+    return Loaded([model], task, folder / SPM, directions, described)

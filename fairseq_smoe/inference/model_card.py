@@ -1,4 +1,5 @@
-"""The model card of a packed model: Markdown with the front matter of the Hugging Face hub."""
+"""The model card of a packed or exported model: Markdown with the front matter of the Hugging Face
+hub."""
 
 import json
 import re
@@ -7,9 +8,17 @@ import shlex
 from fairseq_smoe.accounting.flops import count_parameters, flops_per_token
 from fairseq_smoe.benchmarks.runs import RUN_FILE
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.evaluation.saved_model import trained_directions
 from fairseq_smoe.evaluation.scoring import SCORES_FILE
 
+USE_PACKED = """\
+    from fairseq_smoe import Translator
+
+    translator = Translator.load("PATH OF THIS FOLDER")
+    print(translator.translate("...", "{source}", "{target}").text)
+
+or `python -m fairseq_smoe translate PATH --source ... --target ...`.
+"""
+DENSE = "none, dense"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -23,46 +32,55 @@ def check_license(license_id):
         raise OptionError(f"--license {license_id}: expected a name such as mit or cc-by-4.0")
 
 
-def model_card(saved, model, run, name, license_id):
+def model_card(described, model, run, name, license_id, use=USE_PACKED, library="fairseq-smoe"):
     """The text of the card.
 
     Args:
-        saved: :class:`~fairseq_smoe.evaluation.saved_model.SavedModel`
+        described: :class:`~fairseq_smoe.inference.sources.Described`
         model: what was built of it.
         run: folder with ``evaluation/`` and ``run.json``; None to look beside the checkpoint.
         name: title.
         license_id: as the hub names licences.
+        use: how to translate with it; ``{source}`` and ``{target}`` become the languages of the
+            first direction.
+        library: that reads the folder.
     """
-    directions = trained_directions(saved)
-    flops = flops_per_token(model, saved.model_options)
-    beside = [saved.path.parent, saved.path.parent.parent]
+    directions = described.directions
+    flops = flops_per_token(model, described.options)
+    beside = [described.path.parent, described.path.parent.parent]
     runs = beside if run is None else [run]
-    languages = "".join(f"- {language}\n" for language in saved.languages())
+    languages = "".join(f"- {language}\n" for language in described.languages)
+    experts = describe_experts(described.options)
     facts = [
         f"| parameters | {count_parameters(model):,} |",
         f"| forward FLOPs a token | {flops / 1e6:.1f} million, under uniform gates |",
-        f"| experts | {describe_experts(saved)} |",
-        f"| updates | {saved.num_updates:,} |",
+        f"| experts | {experts} |",
+        f"| updates | {described.num_updates:,} |",
         f"| directions | {', '.join(directions)} |",
     ]
     command = next(filter(None, map(_training_command, runs)), None)
     trained = "" if command is None else f"\n## Training\n\n    {command}\n"
     scores = next(filter(None, map(_scores, runs)), "")
     source, target = directions[0].split("-")
+    kind = tag = ""
+    if experts != DENSE:
+        kind = " with experts in strata (Xu et al. 2023, arXiv 2305.02176)"
+        tag = "- mixture-of-experts\n"
+    use = use.replace("{source}", source).replace("{target}", target)
     return f"""---
 license: {license_id}
 language:
 {languages}tags:
 - translation
-- mixture-of-experts
-- fairseq-smoe
+{tag}- fairseq-smoe
+library_name: {library}
 pipeline_tag: translation
 ---
 
 # {name}
 
-A multilingual translation model with experts in strata (Xu et al. 2023, arXiv 2305.02176), trained
-with fairseq-smoe.
+A multilingual translation model{kind},
+trained with fairseq-smoe.
 
 | | |
 |---|---|
@@ -70,24 +88,17 @@ with fairseq-smoe.
 
 ## Use
 
-    from fairseq_smoe import Translator
-
-    translator = Translator.load("PATH OF THIS FOLDER")
-    print(translator.translate("...", "{source}", "{target}").text)
-
-or `python -m fairseq_smoe translate PATH --source ... --target ...`.
-{scores}{trained}"""
+{use}{scores}{trained}"""
 
 
-def describe_experts(saved):
+def describe_experts(options):
     """``strata 4-4 in every 2nd layer``"""
     from fairseq_smoe.moe.strata import format_strata
     from fairseq_smoe.translation.options import expert_layer_period, resolve_strata
 
-    options = saved.model_options
     periods = {side: expert_layer_period(options, side) for side in ("encoder", "decoder")}
     if not any(periods.values()):
-        return "none, dense"
+        return DENSE
     where = ", ".join(f"{side}: every {n} layers" for side, n in periods.items() if n)
     return f"strata {format_strata(resolve_strata(options))} ({where})"
 

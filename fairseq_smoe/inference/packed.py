@@ -12,7 +12,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
@@ -21,8 +20,8 @@ from pathlib import Path
 
 from fairseq_smoe import __version__
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.files import whole_file, write_whole
-from fairseq_smoe.inference.sources import SPM, Loaded, read_checkpoint
+from fairseq_smoe.files import require_new_folder, whole_file, whole_folder, write_whole
+from fairseq_smoe.inference.sources import SPM, Described, Loaded, read_checkpoint
 from fairseq_smoe.translation.task_files import sentencepiece_file
 
 WEIGHTS, CONFIG, DICTIONARY = "model.safetensors", "config.json", "dict.txt"
@@ -46,7 +45,8 @@ def pack(checkpoint, target, make_card, data=None):
     Args:
         checkpoint: see :func:`~fairseq_smoe.inference.sources.find_checkpoint`.
         target: folder to make. It is complete or absent.
-        make_card: ``make_card(saved, model)`` returns the text of the model card.
+        make_card: ``make_card(described, model)`` returns the text of the model card; the first is
+            a :class:`~fairseq_smoe.inference.sources.Described`.
         data: see :func:`~fairseq_smoe.inference.sources.find_data`.
 
     Raises:
@@ -56,9 +56,7 @@ def pack(checkpoint, target, make_card, data=None):
 
     from fairseq_smoe.evaluation.saved_model import trained_directions
 
-    target = Path(target)
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise OptionError(f"--to {target}: exists; give a new folder, or remove it")
+    require_new_folder(target)
     saved, folder = read_checkpoint(checkpoint, data)
     directions = trained_directions(saved)
     tensors, same = _without_copies(saved.state["model"])
@@ -73,27 +71,20 @@ def pack(checkpoint, target, make_card, data=None):
         "same": same,
     }
     model, task = saved.build(directions)
-    dictionary = _joint_dictionary(task, saved.path)
-    card = make_card(saved, model)
-    part = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    dictionary = joint_dictionary(task, saved.path)
+    card = make_card(Described.of(saved), model)
+    with whole_folder(target) as part:
         with whole_file(part / WEIGHTS) as file:
             file.write(save(tensors))
         write_whole(part / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-        for path in {sentencepiece_file(folder, lang) for lang in saved.languages()} | {folder / SPM}:
+        models = {sentencepiece_file(folder, lang) for lang in saved.languages()}
+        for path in models | {folder / SPM}:
             shutil.copyfile(path, part / path.name)
         dictionary.save(str(part / DICTIONARY))
         write_whole(part / CARD, card)
         names = sorted(path.name for path in part.iterdir())
         sums = "".join(f"{checksum(part / name)}  {name}\n" for name in names)
         write_whole(part / SUMS, sums)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def load(folder):
@@ -123,7 +114,10 @@ def load(folder):
     model.load_state_dict(state, strict=True, model_cfg=model_options)
     model.prepare_for_inference_(Namespace(generation=Namespace(no_beamable_mm=True)))
     directions = [tuple(direction.split("-")) for direction in config["directions"]]
-    return Loaded([model], task, folder / SPM, directions)
+    described = Described(
+        folder, model_options, config["updates"], config["languages"], list(config["directions"])
+    )
+    return Loaded([model], task, folder / SPM, directions, described)
 
 
 def verify(folder):
@@ -194,7 +188,12 @@ def _task_namespace(options, folder):
     return parser.parse_args([str(folder)], Namespace(**options, task="smoe_translation", seed=1))
 
 
-def _joint_dictionary(task, checkpoint):
+def joint_dictionary(task, checkpoint):
+    """The dictionary of all languages of a task.
+
+    Raises:
+        OptionError: languages have different ones.
+    """
     first, *others = task.dicts.values()
     if any(other.symbols != first.symbols for other in others):
         raise OptionError(

@@ -11,6 +11,38 @@ NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")  # in the order in which th
 
 
 @dataclass(frozen=True)
+class Described:
+    """What is known of a trained model besides its parameters.
+
+    Attributes:
+        path: its checkpoint, or the folder of a packed model.
+        options: of the model.
+        num_updates: of the training.
+        languages: all that it knows.
+        directions: of the training, ``"en-de"``.
+    """
+
+    path: Path
+    options: object
+    num_updates: int
+    languages: list
+    directions: list
+
+    @classmethod
+    def of(cls, saved):
+        """That of a :class:`~fairseq_smoe.evaluation.saved_model.SavedModel`."""
+        from fairseq_smoe.evaluation.saved_model import trained_directions
+
+        return cls(
+            saved.path,
+            saved.model_options,
+            saved.num_updates,
+            saved.languages(),
+            trained_directions(saved),
+        )
+
+
+@dataclass(frozen=True)
 class Loaded:
     """Models that translate together.
 
@@ -19,12 +51,14 @@ class Loaded:
         task: the :class:`~fairseq_smoe.translation.task.SMoETranslationTask` of all directions.
         spm: path of the SentencePiece model.
         directions: ``(source, target)`` of all directions of the training.
+        described: what is known of the first model.
     """
 
     models: list
     task: object
     spm: Path
     directions: list
+    described: Described
 
 
 def read_checkpoint(path, data=None):

@@ -133,6 +133,9 @@ def test_training_goes_on_with_old_and_new_text(extended, tmp_path):
     assert "cc" in found and translator.translate("cc5", "cc", "en").text.startswith("en")
     main(["pack", str(checkpoint), "--to", str(tmp_path / "packed")])
     assert (tmp_path / "packed" / "spm.cc.model").is_file()
+    with pytest.raises(SystemExit, match="cc has a SentencePiece model of its own"):
+        words = ["--format", "transformers", "--to", str(tmp_path / "exported")]
+        main(["export", str(checkpoint), *words])
     packed = Translator.load(tmp_path / "packed")
     assert packed.translate("en1 en2 en3", "en", "cc").text == found
     assert packed.translate("cc1 cc7", "cc", "en") == translator.translate("cc1 cc7", "cc", "en")
@@ -182,6 +185,13 @@ def test_mistakes_are_told(spoken, spoken_data, extended, new_text, data, tmp_pa
             extend(*words)
     for name in "abcdefgh":
         assert not (tmp_path / name / "checkpoint.pt").exists()
+
+
+def test_what_is_not_trained_is_not_exported(extended, with_experts, tmp_path):
+    for checkpoint in (extended, with_experts):
+        words = [str(checkpoint), "--format", "transformers", "--to", str(tmp_path / "out")]
+        with pytest.raises(SystemExit, match="what is new has not been trained; train it first"):
+            main(["export", *words])
 
 
 def test_a_vocabulary_can_be_kept(spoken, spoken_data, new_text, tmp_path):
