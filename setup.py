@@ -75,6 +75,8 @@ EXTRAS = {
         "transpolibre",
         "playwright",  # drives a Chromium that is installed
         "tensorboard",
+        "transformers>=4.57",  # read what export writes
+        "ctranslate2>=4.5",
     ],
 }
 
