@@ -22,8 +22,8 @@ MODELS = {
     "vanilla": ["--smoe-strata", "4"],
     "strata": ["--smoe-strata", "2-2"],
 }
-UPDATES = {name: 250 for name in MODELS}
-UPDATES["dense"] = 500  # the tokens of languages become likely, which CTranslate2 does not score
+UPDATES = {name: 200 for name in MODELS}
+UPDATES["dense"] = 400  # the tokens of languages become likely, which CTranslate2 does not score
 MOST_WORDS = 200  # of a translation
 LETTERS = str.maketrans("01234567", "knopqrst")
 
@@ -50,7 +50,8 @@ def learned(make_once, words_data):
     def learned(name):
         def make(folder):
             updates = {"max_update": UPDATES[name], "total_num_update": UPDATES[name]}
-            toy_task.train(words_data, folder, *MODELS[name], **updates, dropout=0)
+            more = {**updates, "warmup_updates": 50, "dropout": 0}
+            toy_task.train(words_data, folder, *MODELS[name], **more)
 
         return make_once(f"words-{name}", make)
 

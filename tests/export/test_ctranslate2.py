@@ -59,7 +59,7 @@ def test_translations_are_those_of_fairseq_generate(batch, exported, generated):
             own.sources, found, own.pieces, own.cut_off, strict=True
         ):
             equal += pieces == expected
-            if pieces != expected and not cut_off:
+            if pieces != expected and not (cut_off or len(pieces) >= 200):
                 # neither the language nor the end of what is cut off has a score (docs/export.md)
                 better, worse = scores_of_words(exported, text, target, pieces, expected)
                 assert better > worse - 1e-5
