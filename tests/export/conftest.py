@@ -22,7 +22,7 @@ MODELS = {
     "vanilla": ["--smoe-strata", "4"],
     "strata": ["--smoe-strata", "2-2"],
 }
-UPDATES = {name: 200 for name in MODELS}
+UPDATES = {name: 250 for name in MODELS}
 UPDATES["dense"] = 400  # the tokens of languages become likely, which CTranslate2 does not score
 MOST_WORDS = 200  # of a translation
 LETTERS = str.maketrans("01234567", "knopqrst")

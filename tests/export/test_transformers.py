@@ -66,11 +66,12 @@ def test_translations_are_those_of_fairseq_generate(name, transformers, exported
     model, tokenizer = load(transformers, exported(name))
     expected = "M2M100" if name == "dense" else "SMoE"
     assert type(model).__name__ == f"{expected}ForConditionalGeneration"
+    lines = {line for own in generated(name).values() for line in own.lines}
+    assert len(lines) > 60  # the model has learned something
     for direction, own in generated(name).items():
         lines, scores = translate_with_scores(model, tokenizer, own.sources, direction)
         assert lines == own.lines
         assert scores == pytest.approx(own.scores, abs=1e-5)
-        assert len(set(own.lines)) > 15  # the model has learned something
 
 
 @pytest.mark.parametrize("name", NAMES)
