@@ -1,7 +1,7 @@
 """How fast models translate on a CPU, beside CTranslate2.
 
-Translates made-up sentences of 25 tokens into as many, with untrained models: the rows of a table, in
-float32 and with weights in 8 bits, and the dense model as CTranslate2 runs it, where that is
+Translates made-up sentences of 25 tokens into as many, with untrained models: the rows of a table,
+in float32 and with weights in 8 bits, and the dense model as CTranslate2 runs it, where that is
 installed. All take turns in one process. Example:
 
     pip install ".[ctranslate2]"
@@ -63,7 +63,8 @@ def our_job(benchmark, row, args, int8):
         reorder(model)
     dictionary = task.source_dictionary
     source = sources(dictionary, args)
-    sample = {"net_input": {"src_tokens": source, "src_lengths": torch.full((len(source),), args.length)}}
+    lengths = torch.full((len(source),), args.length)
+    sample = {"net_input": {"src_tokens": source, "src_lengths": lengths}}
     generator = SequenceGenerator(
         [model], dictionary, beam_size=args.beam, max_len_b=args.length, min_len=args.length
     )
@@ -134,7 +135,10 @@ def table(results, benchmark, args):
         f"{benchmark.title}, scale {args.scale}, {sentences} of {args.length} tokens, "
         f"beam {args.beam}, {args.threads} thread{'s'[: args.threads > 1]}"
     )
-    lines = [f"| {title} | tokens a second relative to dense (quartiles) | FLOPs |", "|---|---:|---:|"]
+    lines = [
+        f"| {title} | tokens a second relative to dense (quartiles) | FLOPs |",
+        "|---|---:|---:|",
+    ]
     for r in results:
         flops = f"{r['flops']:.2f}" if "flops" in r else ""
         lines.append(f"| {r['model']} | {told(r['speed'], *r['quartiles'])} | {flops} |")

@@ -1,8 +1,8 @@
 """Add languages or experts to a trained model.
 
 The text of the new languages is prepared as by 'prepare', whose options may be given as well
-(--splits, --clean, --workers, ...). DIR/data then has it and the text of the training beside it, and
-DIR/checkpoint.pt is the model with the new tokens. It translates as before until it is trained on.
+(--splits, --clean, --workers, ...). DIR/data then has it and the text of the training beside it.
+DIR/checkpoint.pt is the model with what is new. It translates as before until it is trained on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def add_arguments(parser):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "docs/finetune.md says how to go on from there."
     add = parser.add_argument
-    add("checkpoint", type=Path, help="the trained model, or folder of a training; it is not changed")
+    add("checkpoint", type=Path, help="the trained model, or folder of a training")
     add("--to", type=Path, required=True, metavar="DIR", help="folder to write")
     add(
         "--with-text",
@@ -59,8 +59,8 @@ def add_arguments(parser):
     add(
         "--add-experts",
         metavar="STRATUM:N,...",
-        help="add experts to strata, which begin as copies of those that are there: 2:4 adds four to "
-        "the second stratum",
+        help="add experts to strata, which begin as copies of those that are there: 2:4 adds four "
+        "to the second stratum",
     )
     add(
         "--expert-noise",

@@ -16,8 +16,8 @@ STACKED = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
 
 def add_experts(source, numbers, noise=0.01, seed=1):
-    """Add experts at the end of strata. Each begins as a copy of one of its stratum, in turn, and so
-    do its rows in the gates. The model translates as before, as the new experts are marked as
+    """Add experts at the end of strata. Each begins as a copy of one of its stratum, in turn, and
+    so do its rows in the gates. The model translates as before, as the new experts are marked as
     untrained: no gate chooses them until a training goes on.
 
     Args:

@@ -2,8 +2,8 @@
 
 fairseq's decoder layers are written for whole sentences. In a step, they concatenate the keys and
 values of every layer with those of the new tokens, and reorder them layer by layer. Here those of
-all layers are in one tensor with room for more, which is reordered at once into memory that is there
-already, and each attention makes query, key and value with one product.
+all layers are in one tensor with room for more, which is reordered at once into memory that is
+there already, and each attention makes query, key and value with one product.
 
 Letters in names: R rows, that is hypotheses; B sentences, each with R / B rows; D model dim, H
 heads, d dim of a head, L layers, T positions so far, S positions of the source.

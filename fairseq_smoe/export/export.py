@@ -68,6 +68,6 @@ def _check_extended(loaded, checkpoint):
     for language in loaded.task.langs:
         if sentencepiece_file(loaded.spm.parent, language) != loaded.spm:
             raise OptionError(
-                f"{checkpoint}: {language} has a SentencePiece model of its own, and exported models "
-                "have one; use 'pack'"
+                f"{checkpoint}: {language} has a SentencePiece model of its own, and exported "
+                "models have one for all; use 'pack'"
             )

@@ -76,7 +76,7 @@ class Gate(Kind, nn.Module):
         stratum: number of the gate's stratum, from 0. The block sets it.
         sizes: number of experts of each stratum that the gate sees, its own first.
         alive_E: (E,) bool buffer, the experts that tokens may visit; None for all.
-        closed_E: (E,) bool buffer, the experts whose logits are -inf; None for none. It is not saved.
+        closed_E: (E,) bool buffer, the experts whose logits are -inf; None for none. Not saved.
         counts: int64 buffer, the sums of what the gate has counted in training, over the tokens of
             all processes; None for a gate that counts nothing.
         recording: whether the gate counts in the next forward passes.

@@ -1,9 +1,9 @@
 """A vocabulary that is there already, to which languages are added.
 
 What is there keeps its ids, and its languages keep their SentencePiece model, so that a trained
-model translates them as before. A new language has a model of its own (``spm.LANGUAGE.model``). Those
-of its pieces that the vocabulary lacks come behind all that is there, and the language's token behind
-them. So the order in which languages are added is that of their tokens.
+model translates them as before. A new language has a model of its own (``spm.LANGUAGE.model``).
+Those of its pieces that the vocabulary lacks come behind all that is there, and the language's token
+behind them. So the order in which languages are added is that of their tokens.
 """
 
 import shutil
@@ -54,8 +54,8 @@ def read_base(folder):
     for lang in base.languages:
         if language_token(lang) not in base.symbols:
             raise OptionError(
-                f"--vocabulary-of {folder}: its dict.txt has no token of {lang}; give a folder that "
-                "prepare has made"
+                f"--vocabulary-of {folder}: its dict.txt has no token of {lang}; give a folder "
+                "that prepare has made"
             )
     return base
 
@@ -77,8 +77,9 @@ def extend(base, langs, target):
             shutil.copyfileobj(original, copy)
     symbols, known = list(base.symbols), set(base.symbols)
     for lang in base.new_languages(langs):
-        own = target / f"spm.{lang}.model"
-        pieces = model_pieces(spm.SentencePieceProcessor(model_file=str(own))) if own.exists() else []
+        own, pieces = target / f"spm.{lang}.model", []
+        if own.exists():
+            pieces = model_pieces(spm.SentencePieceProcessor(model_file=str(own)))
         new = [piece for piece in pieces if piece not in known] + [language_token(lang)]
         symbols += new
         known.update(new)

@@ -111,8 +111,8 @@ class LayerOptions(FairseqDataclass):
     )
     untrained_experts: Optional[str] = option(
         None,
-        "so many experts at the end of strata have not been trained, and are never chosen, e.g. 2:4 "
-        "for four of the second stratum; set by 'extend' in the checkpoint that it writes",
+        "so many experts at the end of strata have not been trained, and are never chosen, e.g. "
+        "2:4 for four of the second stratum; set by 'extend' in the checkpoint that it writes",
     )
     moe_expert_parallel_size: Optional[int] = option(
         None,

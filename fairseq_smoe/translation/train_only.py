@@ -36,9 +36,10 @@ def trains_rows(text):
 def train_only(model, text):
     """Freeze all other parameters of a model.
 
-    A parameter is trained if a word of ``text`` is a part of its name. ``[N:]`` behind the word: only
-    its rows from N on, in its first dimension (tokens of embeddings, experts of stacked weights). The
-    gradient of the others is zero, so that an optimizer without weight decay leaves them as they are.
+    A parameter is trained if a word of ``text`` is a part of its name. ``[N:]`` behind the word:
+    only its rows from N on, in its first dimension (tokens of embeddings, experts of stacked
+    weights). The gradient of the others is zero, so that an optimizer without weight decay leaves
+    them as they are.
 
     Raises:
         OptionError: a word is in no name, or a parameter has no such row.
@@ -61,8 +62,8 @@ def train_only(model, text):
     if unused:
         raise OptionError(
             f"--train-only {sorted(unused)[0]}: is in no parameter's name; there are gates, "
-            "experts, norms, embed_tokens, self_attn, encoder_attn, fc1, fc2, encoder, decoder, and "
-            "layers.0, ..."
+            "experts, norms, embed_tokens, self_attn, encoder_attn, fc1, fc2, encoder, decoder, "
+            "and layers.0, ..."
         )
 
 

@@ -50,7 +50,8 @@ def test_passes_are_those_of_the_model(spoken):
     texts = ["en1 en2 en3 en4", "en5"]
     found = translator.translate(texts, "en", "aa", with_capacity=True)
     tasks = translator._tasks
-    tokens = [tasks.encode(("en", "aa"), translator._coder.encode(t, "en"))["source"] for t in texts]
+    encode = translator._coder.encode
+    tokens = [tasks.encode(("en", "aa"), encode(text, "en"))["source"] for text in texts]
     padded = torch.full((2, len(tokens[0])), 1)
     for row, own in zip(padded, tokens):
         row[-len(own) :] = own

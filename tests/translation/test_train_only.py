@@ -3,8 +3,8 @@
 import re
 
 import pytest
-import toy_task
 import torch
+import toy_task
 from toy_task import random_batch, set_up
 
 from fairseq_smoe.errors import OptionError

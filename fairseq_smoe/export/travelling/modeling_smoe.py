@@ -1,8 +1,8 @@
 """A translation model whose feed-forward sublayers are mixtures of experts in strata.
 
 Xu et al. 2023, "Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with
-Dynamic Capacity", arXiv 2305.02176. Everything but the expert layers is that of M2M-100. Experts have no capacity: no token
-is dropped, and what else is in a batch does not change a token's output.
+Dynamic Capacity", arXiv 2305.02176. Everything but the expert layers is that of M2M-100. Experts
+have no capacity: no token is dropped, and what else is in a batch does not change a token's output.
 
 Letters in names: T tokens, H tokens at a gate, D model dim, F hidden dim, E experts, K choices.
 """
