@@ -60,6 +60,7 @@ def summarise(plan, cleaning, tokens, long):
     return {
         "title": benchmarks.load(plan.benchmark).title if plan.benchmark else "Prepared data",
         "vocabulary": {
+            "of": plan.vocabulary_of,
             "pieces": plan.vocab_size,
             "character_coverage": plan.character_coverage,
             "sample_lines": plan.sample_lines,
@@ -108,11 +109,15 @@ def _sum_of(counts):
 
 def as_markdown(summary, pictures):
     train, vocabulary = summary["train"], summary["vocabulary"]
+    kind = "Joint SentencePiece vocabulary"
+    if vocabulary["of"]:
+        base = vocabulary["of"]
+        kind = f"The vocabulary of {base}; new languages have a SentencePiece model each"
     parts = [
         f"# {summary['title']}",
         f"{len(summary['pairs'])} language pairs with {train['kept']:,} pairs of training "
         f"sentences and {train['tokens']:,} tokens, both sides and each sentence's end included. "
-        f"Joint SentencePiece vocabulary of {vocabulary['pieces']:,} pieces, character coverage "
+        f"{kind} of {vocabulary['pieces']:,} pieces, character coverage "
         f"{vocabulary['character_coverage']}, trained on at most {vocabulary['sample_lines']:,} "
         f"lines drawn at temperature {summary['temperature']:g}, seed {vocabulary['seed']}.",
         "## Cleaning of the training text",

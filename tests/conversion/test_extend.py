@@ -86,6 +86,8 @@ def test_what_was_there_keeps_its_place(spoken_data, extended):
     assert after[: len(before)] == before and after[-1] == "__cc__" and len(after) > len(before) + 1
     assert (data / "spm.model").read_bytes() == (spoken_data / "spm.model").read_bytes()
     assert (data / "langs.txt").read_text().split() == ["aa", "bb", "en", "cc"]
+    report = (data / "report.md").read_text()
+    assert f"The vocabulary of {spoken_data}; new languages have a SentencePiece model" in report
     for name in ("train.en-aa.aa.bin", "test.en-bb.en.txt"):  # to be mixed with the new text
         assert (data / name).read_bytes() == (spoken_data / name).read_bytes()
     tensors, options = weights(extended)
