@@ -228,7 +228,7 @@ ODD = [
 @given(st.sampled_from(ODD) | st.text(max_size=30) | st.text("aenbkonpqrst ▁</s>", max_size=40))
 def test_any_text_has_the_ids_of_ours(coders, text):
     tokenizer, coder, dictionary = coders
-    ids = coder.encode(text).tolist()
+    ids = coder.encode(text, "en").tolist()
     found = tokenizer(text)["input_ids"]
     assert found == [dictionary.index("__aa__"), *ids]
     assert tokenizer([text, "enn"])["input_ids"][0] == found

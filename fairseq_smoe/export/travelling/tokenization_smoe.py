@@ -1,7 +1,6 @@
 """SentencePiece and the dictionary of a translation model, with the tokens of languages."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -110,9 +109,8 @@ class SMoETokenizer(PreTrainedTokenizer):
         return dict(self._ids)
 
     def tokenize(self, text, **kwargs):
-        """The pieces of a text, unknown ones too."""
-        pieces = " ".join(self._spm.encode(text, out_type=str))
-        return re.sub(r"\s+", " ", pieces).strip().split()
+        """The pieces of a text."""
+        return [self._spm.id_to_piece(i) for i in self._spm.encode(text)]
 
     def _tokenize(self, text, **kwargs):
         return self.tokenize(text)
