@@ -37,6 +37,9 @@ if [[ ! -e $work/new/checkpoint.pt ]]; then
     smoe extend "$before" --with-text "$text" --pairs eng-tgl --new-pieces 1000 \
         --splits train=train valid=idev test=test test1=itest --to "$work/new"
 fi
+if [[ ! -e $work/new-experts/checkpoint.pt ]]; then
+    smoe extend "$work/new/checkpoint.pt" --add-experts 1:4 --to "$work/new-experts"
+fi
 # a quarter of the first training's rate, for half as long
 tune=(--finetune-from-model "$work/new/checkpoint.pt" --lr 1e-3 --max-update 2000
     --warmup-steps 200 --hold-steps 1300 --decay-steps 500)
@@ -46,13 +49,16 @@ first_row=$(($(wc -l <"$work/data-without-tgl/dict.txt") + 4)) # fairseq has fou
 train everything joint "$work/new/data" "${tune[@]}" --lang-pairs $new
 train new-rows joint "$work/new/data" "${tune[@]}" --lang-pairs $new \
     --train-only "embed_tokens[$first_row:]"
+train new-experts joint "$work/new/data" "${tune[@]}" --lang-pairs $new \
+    --finetune-from-model "$work/new-experts/checkpoint.pt" --smoe-strata 12 \
+    --train-only "embed_tokens[$first_row:],experts[8:],gates"
 # half of the sentences are new; the others by the sizes of their corpora
 train mixed joint "$work/new/data" "${tune[@]}" --lang-pairs $new,$old \
     --sampling-weights "{'main:eng-tgl': 0.25, 'main:tgl-eng': 0.25, 'main:eng-cat': 0.173,
         'main:cat-eng': 0.173, 'main:eng-msa': 0.0495, 'main:msa-eng': 0.0495,
         'main:eng-nso': 0.0275, 'main:nso-eng': 0.0275}"
 
-for name in without-tgl joint everything new-rows mixed; do
+for name in without-tgl joint everything new-rows new-experts mixed; do
     data=$work/new/data directions=$new,$old
     [[ $name == without-tgl ]] && directions=$old
     [[ $name == without-tgl || $name == joint ]] && data=$work/data-$name

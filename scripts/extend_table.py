@@ -17,6 +17,7 @@ MODELS = {
     "joint": "all languages from the start",
     "everything": "Tagalog alone, all parameters",
     "new-rows": "Tagalog alone, only rows of new tokens",
+    "new-experts": "Tagalog alone, rows of new tokens, 4 new experts and the gates",
     "mixed": "Tagalog and old text, half each",
 }
 NEW = ("eng-tgl", "tgl-eng")
