@@ -32,6 +32,7 @@ SMALLER = {
         **SIZES,
         "--new-pieces 4000": "--new-pieces 30",
         "--max-update 10000": "--max-update 7",
+        "--max-tokens 4000": "--max-tokens 200",  # several updates in an epoch
         "--save-interval-updates 200": "--save-interval-updates 1",
         "evaluate --run tuned": "evaluate --run tuned --max-len-b 10",
     },

@@ -1,5 +1,7 @@
-"""The server under load for minutes."""
+"""The server under load for minutes: with the toy task's model, or, if the variable DEMO_OUTPUT
+names the folder that the demo has left, with that of the demo."""
 
+import os
 import random
 import statistics
 import threading
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from served import serving
+
+from fairseq_smoe import Translator
 
 CLIENTS, SECONDS = 64, 180
 
@@ -31,16 +35,38 @@ def sentences_per_second(server, cases, seconds=20):
     return number / seconds
 
 
-@pytest.mark.slow
-def test_many_clients_for_minutes(packed, generated, tmp_path, capsys):
-    """No answer is wrong, lost or doubled; many are served faster than one; memory stays."""
+@pytest.fixture
+def loaded(request):
+    """``(model, cases)``; a case is a text, its source and target language, and its translation."""
+    if demo := os.environ.get("DEMO_OUTPUT"):
+        return demo_cases(Path(demo))
     cases = [
         (text, *direction.split("-"), line)
-        for direction, own in generated.items()
+        for direction, own in request.getfixturevalue("generated").items()
         for text, line in zip(own.sources, own.lines, strict=True)
     ]
+    return request.getfixturevalue("packed"), cases
+
+
+def demo_cases(folder):
+    """The first lines of the demo's test sets, as ``Translator`` translates them."""
+    model = folder / "SMoE-2-2-2-2" / "averaged.pt"
+    translator, cases = Translator.load(model, folder / "data", threads=2), []
+    for source, target in translator.directions:
+        pairs = f"{source}-{target}", f"{target}-{source}"
+        paths = (folder / "data" / f"test.{pair}.{source}.txt" for pair in pairs)
+        texts = next(path for path in paths if path.exists()).read_text().splitlines()[:50]
+        found = translator.translate(texts, source, target)
+        cases += [(text, source, target, r.text) for text, r in zip(texts, found)]
+    return model, cases
+
+
+@pytest.mark.slow
+def test_many_clients_for_minutes(loaded, tmp_path, capsys):
+    """No answer is wrong, lost or doubled; many are served faster than one; memory stays."""
+    model, cases = loaded
     random.Random(1).shuffle(cases)
-    with serving(packed, tmp_path) as server:
+    with serving(model, tmp_path) as server:
         alone = sentences_per_second(server, cases)
         seconds, wrong, lock = [], [], threading.Lock()
         end = time.monotonic() + SECONDS
