@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the recipe that adds a language: M4 without Tagalog learns Tagalog in three ways, beside a
+# Measures the recipe that adds a language: M4 without Tagalog learns Tagalog in four ways, beside a
 # model that had it from the start. Writes results/extend/table.md.
 #
 # usage: bash scripts/extend_recipe.sh TEXT WORK
