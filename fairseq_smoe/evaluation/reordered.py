@@ -9,6 +9,7 @@ not depend on how many other rows there are (but for a single one), which torch'
 import platform
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fairseq_smoe.evaluation.replaced_linears import replace_linears
@@ -31,6 +32,15 @@ class ReorderedLinear(nn.Module):
         self.bias = None if bias_O is None else bias_O.detach()
 
     def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        some = rounded_up(rows)
+        if some == rows:
+            return self._multiply(x)
+        x_MI = F.pad(x.flatten(0, -2), (0, 0, 0, some - rows))
+        y_MO = self._multiply(x_MI)[:rows]
+        return y_MO.view(*x.shape[:-1], y_MO.shape[-1])
+
+    def _multiply(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     @classmethod
@@ -39,6 +49,13 @@ class ReorderedLinear(nn.Module):
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
         return cls(torch.cat([layer.weight.to_dense() for layer in layers]), bias)
+
+
+def rounded_up(rows):
+    """A number of rows that is at most an eighth larger, of which there are few. oneDNN compiles a
+    product for every number that it meets, and keeps it, for which a server's memory would grow."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def can_reorder(device):

@@ -7,7 +7,12 @@ from fairseq.search import BeamSearch
 from toy_task import random_batch, set_up
 
 from fairseq_smoe.evaluation.lean_beam import LeanBeamModel, LeanBeamSearch
-from fairseq_smoe.evaluation.reordered import ReorderedLinear, can_reorder, reorder
+from fairseq_smoe.evaluation.reordered import (
+    ReorderedLinear,
+    can_reorder,
+    reorder,
+    rounded_up,
+)
 
 pytestmark = pytest.mark.skipif(
     not can_reorder(torch.device("cpu")), reason="not an x86 processor with oneDNN"
@@ -73,3 +78,33 @@ def test_search_adds_up_what_fairseq_does(step, data):
     ours = LeanBeamSearch(task.target_dictionary).step(step, log_probs, scores)
     for expected, found in zip(theirs, ours, strict=True):
         assert torch.equal(expected, found)
+
+
+def test_numbers_of_rows_are_rounded_to_a_few():
+    found = [rounded_up(rows) for rows in range(1, 10001)]
+    assert found[:16] == list(range(1, 17))
+    assert all(rows <= more <= 1.125 * rows for rows, more in enumerate(found, 1))
+    assert len(set(found)) < 100
+
+
+def test_memory_does_not_grow_with_the_numbers_of_rows():
+    """In a process of its own: oneDNN keeps what it has compiled for a number of rows."""
+    outcome = toy_task.run("python", "-c", GROWTH, own_process=True)
+    assert float(outcome.stdout.split()[-1]) < 60, outcome.stdout
+
+
+GROWTH = """
+import torch
+from fairseq_smoe.evaluation.reordered import ReorderedLinear
+
+def memory():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+layer, x = ReorderedLinear(torch.randn(192, 64)), torch.randn(1500, 64)
+with torch.inference_mode():
+    layer(x)
+    before = memory()
+    for rows in range(1, 1500):
+        layer(x[:rows])
+print("MB more:", memory() - before)
+"""
