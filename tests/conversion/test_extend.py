@@ -270,3 +270,29 @@ def test_mistakes_about_experts_are_told(spoken, trained, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             main(["extend", str(checkpoint), *words, "--to", str(tmp_path / "x")])
+
+
+def test_a_checkpoint_in_parts_is_extended_as_the_whole(spoken, with_experts, tmp_path):
+    best = spoken / "checkpoints" / "checkpoint_best.pt"
+    main(["checkpoint", "split", "--parts", "2", str(best), str(tmp_path / "split.pt")])
+    words = ["--add-experts", "2:3,4:1", "--to", str(tmp_path / "new")]
+    main(["extend", str(tmp_path / "split.pt"), *words])
+    ours, theirs = weights(tmp_path / "new" / "checkpoint.pt")[0], weights(with_experts)[0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_two_ranks_train_an_extended_model_on(with_experts, spoken_data, tmp_path):
+    """Experts sharded over two processes: 2-5-2-3 has twelve."""
+    command = toy_task.train_command(
+        *(spoken_data, tmp_path, "--smoe-strata", "2-5-2-3", "--finetune-from-model", with_experts),
+        *("--moe-expert-parallel-size", "2", "--train-only", "gates,experts"),
+        max_update=6,
+    )
+    toy_task.run("torchrun", "--standalone", "--nproc_per_node", "2", "--no-python", *command)
+    main(["checkpoint", "merge", str(tmp_path / "checkpoint_last.pt"), str(tmp_path / "one.pt")])
+    before, after = weights(with_experts)[0], weights(tmp_path / "one.pt")[0]
+    name = next(name for name in after if name.endswith("experts.fc1_weight"))
+    assert after[name].shape == before[name].shape and not torch.equal(after[name], before[name])
+    norm = next(name for name in after if name.endswith("norms.0.weight"))
+    assert torch.equal(after[norm], before[norm])
