@@ -21,7 +21,7 @@ class TextCoder:
         self._folder = Path(spm).parent
         self._dictionary = dictionary
         self._processor = lru_cache(maxsize=None)(self._load)
-        self._load(spm)  # says now if it is damaged
+        self._processor(Path(spm))  # says now if it is damaged
 
     @staticmethod
     def _load(path):
