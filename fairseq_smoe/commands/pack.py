@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.inference.card_options import add_card_options
 
 
 def add_arguments(parser):
@@ -17,18 +18,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="output of prepare (default: that of the training)"
     )
-    parser.add_argument(
-        "--run",
-        type=Path,
-        metavar="DIR",
-        help="folder of the training, with the evaluation and the command for the model card "
-        "(default: the folder of the checkpoint, or the one above)",
-    )
-    parser.add_argument("--name", help="of the model, for its card (default: that of the folder)")
-    parser.add_argument(
-        "--license", default="unknown", metavar="ID", help="for the card, as the Hugging Face hub "
-        "names licences: mit, cc-by-4.0, ... (default: %(default)s)"
-    )  # fmt: skip
+    add_card_options(parser)
 
 
 def run(args):

@@ -108,13 +108,13 @@ class State:
         rows = self.own_TLXRHd.size(3)
         if len(order_R) == rows and torch.equal(order_R, torch.arange(rows, device=order_R.device)):
             return
+        own, spare = self.own_TLXRHd, self._spare_TLXRHd
         if len(order_R) != rows:
-            self._spare_TLXRHd = self._spare_TLXRHd[:, :, :, : len(order_R)].contiguous()
-        filled, spare = (own[: self.length] for own in (self.own_TLXRHd, self._spare_TLXRHd))
-        torch.index_select(filled, 3, order_R, out=spare)
-        self.own_TLXRHd, self._spare_TLXRHd = self._spare_TLXRHd, self.own_TLXRHd
+            spare = own.new_empty(*own.shape[:3], len(order_R), *own.shape[4:])
+        torch.index_select(own[: self.length], 3, order_R, out=spare[: self.length])
+        self.own_TLXRHd, self._spare_TLXRHd = spare, own
         if len(order_R) != rows:
-            self._spare_TLXRHd = torch.empty_like(self.own_TLXRHd)
+            self._spare_TLXRHd = torch.empty_like(spare)
             order_B = order_R[:: self.beam] // self.beam
             self.source_L = [
                 tuple(part.index_select(0, order_B) for part in own) for own in self.source_L
