@@ -11,6 +11,7 @@ from fairseq_smoe.errors import OneLineError
 # PASSES_ON_OPTIONS = True and reads them from args.more
 COMMANDS = {
     "path": "print the folder to give to --user-dir",
+    "doctor": "check what is installed, the GPUs, and that training and translation work",
     "catalogues": "turn translation catalogues into parallel text",
     "prepare": "turn parallel text into a folder that fairseq-train reads",
     "train": "train a row of one of the paper's tables",

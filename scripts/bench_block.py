@@ -41,7 +41,8 @@ from fairseq_smoe.moe.expert_kinds.ffn import BACKENDS
 from fairseq_smoe.moe.strata import parse_strata
 from fairseq_smoe.translation.memory import keep_freed_memory
 
-ONE_HOT_ALWAYS = 8000  # with more tokens, one-hot dispatch takes up to a minute: only one round
+# with more tokens, one-hot dispatch takes up to a minute of a CPU: only one round
+ONE_HOT_ALWAYS = 8000
 
 
 def make_block(kind, args, strata):
@@ -70,8 +71,8 @@ def measure(args, strata, tokens, progress):
     block, one_hot = (make_block(kind, args, strata) for kind in (SMoEBlock, OneHotBlock))
     x = make_tokens(args, tokens)
     y, stats = step(block, x)
-    few = args.rounds if tokens < ONE_HOT_ALWAYS else 1
-    if few > 1 and args.dtype == torch.float32:
+    few = args.rounds if tokens < ONE_HOT_ALWAYS or args.device == "cuda" else 1
+    if few > 1 and args.dtype == torch.float32:  # bf16 sends some tokens to other experts
         torch.testing.assert_close(step(one_hot, x)[0], y, rtol=1e-3, atol=1e-4)
     rows = sum(len(kept_choices(gate)) for gate in stats.gates)
     dense = DenseFFN(args.embed_dim, args.ffn_dim).to(args.device, args.dtype)
@@ -98,13 +99,18 @@ def measure(args, strata, tokens, progress):
         fairscale.to(args.device, args.dtype)
         even_x = make_tokens(args, tokens // experts * experts)
         result["fairscale"] = times_as_long(ours, lambda: step(fairscale, even_x), few)
-    for name in ("block", "one-hot"):
-        result[f"{name}_peak_mib"] = peak_memory(name, args, strata, tokens)
+    for name, module in (("block", block), ("one-hot", one_hot)):
+        result[f"{name}_peak_mib"] = peak_memory(name, module, args, strata, tokens)
     return result
 
 
 def times_as_long(ours, theirs, rounds):
-    return 1 / statistics.median(in_turns(ours, theirs, rounds, warm_up=rounds > 1))
+    """None if the GPU's memory is too small for it."""
+    try:
+        return 1 / statistics.median(in_turns(ours, theirs, rounds, warm_up=rounds > 1))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
 
 
 def measure_experts(args, progress):
@@ -120,28 +126,37 @@ def measure_experts(args, progress):
     return results
 
 
-def peak_memory(name, args, strata, tokens):
-    """MiB that one step adds to the process, or to the GPU's memory: activations and gradients.
-    Linux only, on the CPU."""
-    command = [sys.executable, __file__, "--memory-of", name, "--strata", strata]
+def peak_memory(name, module, args, strata, tokens):
+    """MiB that one step adds to the GPU's memory, or to a process: activations and gradients. None
+    if the GPU's memory is too small. On the CPU, Linux only."""
+    if args.device == "cuda":
+        return peak_on_gpu(module, make_tokens(args, tokens))
+    command = [sys.executable, __file__, "--memory-of", name, "--strata", strata, "--cpu"]
     for option in ("threads", "embed_dim", "ffn_dim", "backend"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    command += ["--tokens", str(tokens)] + ["--cpu"] * (args.device == "cpu")
+    command += ["--tokens", str(tokens)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def peak_on_gpu(module, x):
+    module.zero_grad(set_to_none=True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        step(module, x)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+    return (torch.cuda.max_memory_allocated() - before) >> 20
+
+
 def print_memory(args):
+    """What a step adds to this process, which has done nothing else."""
     kind = {"block": SMoEBlock, "one-hot": OneHotBlock}[args.memory_of]
     block = make_block(kind, args, args.strata[0])
     step(block, make_tokens(args, 16))  # loads the libraries
     block.zero_grad(set_to_none=True)
     x = make_tokens(args, args.tokens[0])
-    if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(block, x)
-        print((torch.cuda.max_memory_allocated() - before) >> 20)
-        return
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to what is in use now
     before = memory_kib("VmRSS")
     step(block, x)
@@ -161,13 +176,16 @@ def as_markdown(results, experts, args):
     ]
     for r in results:
         efficiency = told(r["efficiency"], *r["efficiency_quartiles"])
-        fairscale = f"{r['fairscale']:.1f}x" if r["fairscale"] else ""
+        one_hot, fairscale = (
+            f"{r[name]:.1f}x" if r[name] else "" for name in ("one_hot", "fairscale")
+        )
         products = f"{r['products']:.2f}" if r["products"] else ""
         ours, theirs = r["block_peak_mib"], r["one-hot_peak_mib"]
+        ratio = "out of memory |" if theirs is None else f"{theirs} | {ours / max(theirs, 1):.2f}"
         lines.append(
             f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
             f"| {efficiency} | {products} "
-            f"| {r['one_hot']:.1f}x | {fairscale} | {ours} | {theirs} | {ours / max(theirs, 1):.2f} |"
+            f"| {one_hot} | {fairscale} | {ours} | {ratio} |"
         )
     if experts:
         lines += ["", f"| experts, {args.experts_tokens} tokens | time (quartiles) |\n|---|---:|"]
@@ -228,7 +246,8 @@ def main():
     cases = [(s, t) for s in args.strata for t in args.tokens]
     with tempfile.TemporaryDirectory() as folder:
         # fairscale needs a process group
-        dist.init_process_group("gloo", init_method=f"file://{folder}/x", rank=0, world_size=1)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/x", rank=0, world_size=1)
         total = args.rounds * (len(cases) + max(len(args.experts) - 1, 0))
         with tqdm(total=total, unit="round") as progress:
             results = [measure(args, *case, progress) for case in cases]

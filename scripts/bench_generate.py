@@ -9,7 +9,11 @@ Example:
 """
 
 import torch
-from benchmarking import build, compare_rows, make_parser, sentences
+from benchmarking import build, compare_rows, make_parser
+
+from fairseq_smoe.diagnosis.untrained import made_up_sentences
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main():
@@ -17,6 +21,9 @@ def main():
     parser.add_argument("--beam", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument(
         "--length", type=int, default=30, help="of translations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp16", help="on a GPU (default: %(default)s)"
     )
     args = parser.parse_args()
     compare_rows(args, translator, f"beam {args.beam}, {args.tokens} source tokens")
@@ -31,7 +38,7 @@ def translator(benchmark, row, args, use_cuda):
     _, task, model, _ = build(benchmark, row, args, use_cuda)
     model.eval()
     dictionary = task.source_dictionary
-    source = sentences(dictionary, args.tokens, args.seed)
+    source = made_up_sentences(dictionary, args.tokens, args.seed)
     sample = {
         "net_input": {
             "src_tokens": collate_tokens(source, dictionary.pad(), left_pad=True),
@@ -39,7 +46,8 @@ def translator(benchmark, row, args, use_cuda):
         }
     }
     if use_cuda:
-        model, sample = model.cuda().bfloat16(), utils.move_to_cuda(sample)
+        model = model.to("cuda", PRECISIONS[args.precision])
+        sample = utils.move_to_cuda(sample)
     generator = SequenceGenerator(
         [model], dictionary, beam_size=args.beam, max_len_b=args.length, min_len=args.length
     )

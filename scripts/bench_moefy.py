@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from benchmarking import add_common_options, in_turns, publish, quartiles, sentences, told
+from benchmarking import add_common_options, in_turns, publish, quartiles, told
 from torch import nn
 from tqdm import tqdm
 
 import fairseq_smoe
+from fairseq_smoe.diagnosis.untrained import made_up_sentences
 
 MEAN_LENGTH = 30  # of the made-up sentences
 
@@ -140,7 +141,9 @@ def compare_searches(args, kept, progress):
     words = ["--moefy-dense", "--moefy-experts", args.experts, "--moefy-k", kept]
     models = [build(args, dictionary, more) for more in ([], words)]
     random_routers(models[1])
-    source = sentences(dictionary, max(args.sentences, default=0) * MEAN_LENGTH * 2, args.seed)
+    source = made_up_sentences(
+        dictionary, max(args.sentences, default=0) * MEAN_LENGTH * 2, args.seed
+    )
     source = [source[i] for i in torch.randperm(len(source)).tolist()]
     found = []
     for number in args.sentences:

@@ -8,8 +8,9 @@ relative to the dense model: 1 is as fast as dense arithmetic. Example:
     python scripts/bench_train.py --rows smoe-2-2-2-2 vanilla-moe --tokens 4096
 """
 
-import torch
-from benchmarking import build, compare_rows, make_parser, sentences
+from benchmarking import build, compare_rows, make_parser
+
+from fairseq_smoe.diagnosis.untrained import made_up_batch
 
 
 def main():
@@ -23,27 +24,8 @@ def stepper(benchmark, row, args, use_cuda):
     from fairseq_smoe.training.trainer import SMoETrainer  # once fairseq knows the plugin
 
     trainer = SMoETrainer(cfg, task, model, criterion)
-    sample = make_sample(task.source_dictionary, args)
-    return lambda: trainer.train_step([sample])
-
-
-def make_sample(dictionary, args):
-    """A batch as fairseq's datasets make it; source and target are different sentences."""
-    from fairseq.data.data_utils import collate_tokens
-
-    source, target = (sentences(dictionary, args.tokens, args.seed) for _ in range(2))
-    pad, eos = dictionary.pad(), dictionary.eos()
-    return {
-        "id": torch.arange(len(source)),
-        "nsentences": len(source),
-        "ntokens": sum(map(len, target)),
-        "net_input": {
-            "src_tokens": collate_tokens(source, pad, left_pad=True),
-            "src_lengths": torch.tensor([len(sentence) for sentence in source]),
-            "prev_output_tokens": collate_tokens(target, pad, eos, move_eos_to_beginning=True),
-        },
-        "target": collate_tokens(target, pad),
-    }
+    batch = made_up_batch(task.source_dictionary, args.tokens, args.seed)
+    return lambda: trainer.train_step([batch], raise_oom=True)
 
 
 if __name__ == "__main__":

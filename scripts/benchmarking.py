@@ -1,17 +1,13 @@
 """What the benchmarks have in common: building the rows of a table, taking turns, reporting."""
 
 import argparse
-import contextlib
 import datetime
 import gc
-import io
 import json
 import logging
 import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -25,9 +21,8 @@ import fairseq_smoe  # noqa: E402
 from fairseq_smoe.accounting.flops import count_row  # noqa: E402
 from fairseq_smoe.benchmarks import benchmark as benchmarks  # noqa: E402
 from fairseq_smoe.benchmarks.scale import SCALES  # noqa: E402
-from fairseq_smoe.benchmarks.training_command import training_command, vocab_size  # noqa: E402
-
-SHORTEST, LONGEST = 10, 50  # tokens of the made-up sentences
+from fairseq_smoe.diagnosis.machine import GIB, processor  # noqa: E402
+from fairseq_smoe.diagnosis.untrained import untrained_model  # noqa: E402
 
 
 def make_parser(doc, **defaults):
@@ -41,12 +36,18 @@ def make_parser(doc, **defaults):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add_common_options(parser, defaults["rounds"])
-    add("--benchmark", choices=benchmarks.NAMES, default="m4", help="(default: %(default)s)")
-    add("--scale", choices=SCALES, default="paper", help="(default: %(default)s)")
+    add_model_options(parser, defaults["rounds"])
     add("--rows", nargs="+", metavar="ROW", help="(default: all)")
     add("--tokens", type=int, default=defaults["tokens"], help="(default: %(default)s)")
     return parser
+
+
+def add_model_options(parser, rounds):
+    """Add the options that choose the size of models."""
+    add = parser.add_argument
+    add_common_options(parser, rounds)
+    add("--benchmark", choices=benchmarks.NAMES, default="m4", help="(default: %(default)s)")
+    add("--scale", choices=SCALES, default="paper", help="(default: %(default)s)")
 
 
 def add_common_options(parser, rounds):
@@ -67,16 +68,42 @@ def compare_rows(args, make_job, what):
         what: what the function does, for the title.
     """
     benchmark, rows, use_cuda = start(args)
-    dense = make_job(benchmark, benchmark.rows[0], args, use_cuda)
-    results = []
+    dense, dense_memory = with_memory(
+        lambda: make_job(benchmark, benchmark.rows[0], args, use_cuda)
+    )
+    results, dense_seconds = [], []
     with tqdm(total=len(rows) * args.rounds, unit="round") as progress:
         for row in rows:
             progress.set_description(row.slug)
-            other = make_job(benchmark, row, args, use_cuda)
-            ratios = in_turns(dense, other, args.rounds, progress)
-            results.append(measured(benchmark, row, args, ratios))
+            other, memory = with_memory(lambda: make_job(benchmark, row, args, use_cuda))
+            times = times_in_turns(dense, other, args.rounds, progress)
+            dense_seconds += [theirs for theirs, _ in times]
+            result = measured(benchmark, row, args, [theirs / ours for theirs, ours in times])
+            results.append(result | on_this_gpu(args, memory, [ours for _, ours in times]))
+            del other
             gc.collect()
-    report(results, args, f"{benchmark.title}, scale {args.scale}, {what}")
+    own = on_this_gpu(args, dense_memory, dense_seconds)
+    report(results, args, f"{benchmark.title}, scale {args.scale}, {what}", own)
+
+
+def with_memory(make_job):
+    """``(job, GiB)``: a function to time, and the most memory of the GPU that the first two calls
+    of it need, model included; None without a GPU."""
+    if not torch.cuda.is_available():
+        return make_job(), None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    job = make_job()
+    for _ in range(2):  # the first makes the state of the optimizer
+        job()
+    return job, (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+def on_this_gpu(args, memory, seconds):
+    """What is worth knowing of a GPU and not of a CPU, whose speed depends on what else it does."""
+    if args.cpu or memory is None:
+        return {}
+    return {"tokens_per_second": args.tokens / statistics.median(seconds), "peak_gib": memory}
 
 
 def start(args):
@@ -95,60 +122,31 @@ def start(args):
 
 
 def build(benchmark, row, args, use_cuda):
-    """Build what fairseq-train builds for a row's command, but with a made-up vocabulary.
-
-    Returns:
-        ``(cfg, task, model, criterion)``
-    """
-    from fairseq import options, tasks
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    torch.manual_seed(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        languages = sorted({lang for pair in benchmark.directions() for lang in pair.split("-")})
-        words = "".join(f"w{i} 1\n" for i in range(vocab_size(benchmark, args.scale)))
-        for language in languages:
-            (folder / f"dict.{language}.txt").write_text(words)
-        (folder / "langs.txt").write_text("\n".join(languages))
-        more = ["--bf16"] if use_cuda else ["--cpu"]
-        command = training_command(
-            benchmark, row, args.scale, folder, folder, args.seed, args.tokens, 1, more
-        )
-        namespace = options.parse_args_and_arch(options.get_training_parser(), command[1:])
-        cfg = convert_namespace_to_omegaconf(namespace)
-        with contextlib.redirect_stdout(io.StringIO()):
-            task = tasks.setup_task(cfg.task)
-            return cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-
-
-def sentences(dictionary, tokens, seed):
-    """Made-up sentences with at least ``tokens`` tokens in total: list of (S,) int64, longest
-    first."""
-    generator = torch.Generator().manual_seed(seed)
-    found, total = [], 0
-    while total < tokens:
-        length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=generator))
-        words = torch.randint(4, len(dictionary), (length - 1,), generator=generator)
-        found.append(torch.cat([words, torch.tensor([dictionary.eos()])]))
-        total += length
-    return sorted(found, key=len, reverse=True)
+    """What fairseq-train builds for a row's command: ``(cfg, task, model, criterion)``."""
+    more = ["--bf16"] if use_cuda else ["--cpu"]
+    return untrained_model(benchmark, row, args.scale, args.tokens, args.seed, more)
 
 
 def in_turns(dense, other, rounds, progress=None, warm_up=True):
     """Ratios of times, ``dense()`` / ``other()``. Each run of ``other`` is compared with the mean
     of the runs of ``dense`` before and after it."""
-    ratios = []
+    times = times_in_turns(dense, other, rounds, progress, warm_up)
+    return [theirs / ours for theirs, ours in times]
+
+
+def times_in_turns(dense, other, rounds, progress=None, warm_up=True):
+    """``[(seconds of dense, seconds of other), ...]``, as for :func:`in_turns`."""
+    times = []
     for job in (dense, other) if warm_up else ():
         job()
     before = seconds(dense)
     for _ in range(rounds):
         ours, after = seconds(other), seconds(dense)
-        ratios.append((before + after) / 2 / ours)
+        times.append(((before + after) / 2, ours))
         before = after
         if progress is not None:
             progress.update()
-    return ratios
+    return times
 
 
 def seconds(job):
@@ -184,16 +182,31 @@ def told(median, low, high):
     return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 
-def report(results, args, title):
-    """Print a table of the results of :func:`measured`; with ``--to``, also write it to files."""
+def report(results, args, title, dense):
+    """Print a table of the results of :func:`measured`; with ``--to``, also write it to files.
+
+    Args:
+        dense: result of :func:`on_this_gpu` for the dense model.
+    """
+    gpu = "| tokens/s | peak GiB " if dense else ""
     lines = [
         f"| {title} | tokens per second relative to dense | FLOPs relative to dense "
-        "| efficiency (quartiles) |\n|---|---:|---:|---:|"
+        f"| efficiency (quartiles) {gpu}|\n|---|---:|---:|---:|{'---:|---:|' if dense else ''}"
     ]
+    if dense:
+        lines.append(f"| Dense | 1 | 1 | 1 {_gpu_cells(dense)}|")
     for r in results:
         efficiency = told(r["efficiency"], *r["quartiles"])
-        lines.append(f"| {r['row']} | {r['speed']:.3f} | {r['flops']:.3f} | {efficiency} |")
-    publish("\n".join(lines), args, {"results": results}, lambda path: draw(results, title, path))
+        cells = f"{r['speed']:.3f} | {r['flops']:.3f} | {efficiency} {_gpu_cells(r)}"
+        lines.append(f"| {r['row']} | {cells}|")
+    numbers = {"results": results, "dense": dense}
+    publish("\n".join(lines), args, numbers, lambda path: draw(results, title, path))
+
+
+def _gpu_cells(result):
+    if "peak_gib" not in result:
+        return ""
+    return f"| {result['tokens_per_second']:.0f} | {result['peak_gib']:.1f} "
 
 
 def publish(table, args, numbers, draw_to):
@@ -218,14 +231,9 @@ def publish(table, args, numbers, draw_to):
 
 def machine():
     """Date, processor, number of cores, GPU and torch's version."""
-    names = [platform.processor() or platform.machine()]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names += [line.split(": ")[1] for line in lines if line.startswith("model name")][:1]
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": names[-1],
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,

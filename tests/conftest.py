@@ -23,11 +23,19 @@ def pytest_addoption(parser):
         help="start no command as a fork of a server that has imported its modules: much slower",
     )
 
+    parser.addoption(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="what the tests marked gpu run on; cpu tries the tests themselves",
+    )
+
 
 def pytest_configure(config):
     # a shell that starts the tests in the background has them, and all they start, ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes minutes; deselect with -m 'not slow'")
+    config.addinivalue_line("markers", "gpu: needs a GPU, or --device cpu")
     # the workers of pytest -n have that of the process that starts them
     if not config.option.own_processes and fork_server.VARIABLE not in os.environ:
         server = fork_server.serving(toy_task.environment())
@@ -35,9 +43,19 @@ def pytest_configure(config):
         config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
-def pytest_collection_modifyitems(items):
-    """The longest first: at the end, the other workers would wait for it."""
+def pytest_collection_modifyitems(config, items):
+    # the longest first: at the end, the other workers would wait for it
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    if config.option.device == "cuda" and not has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU that torch can use"))
+
+
+def has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)

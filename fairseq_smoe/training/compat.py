@@ -86,13 +86,18 @@ def keep_off_the_tpu():
 
     @wraps(stock)
     def call_main(cfg, main, **kwargs):
-        if importlib.util.find_spec("torch_xla") is None:
-            for part in filter(None, (cfg.common, cfg.distributed_training, cfg.optimizer)):
-                if getattr(part, "tpu", False):
-                    part.tpu = False
+        use_no_absent_tpu(cfg)
         return stock(cfg, main, **kwargs)
 
     distributed_utils.call_main = call_main
+
+
+def use_no_absent_tpu(cfg):
+    """Take back that fairseq's options are to use a TPU, if there is none."""
+    if importlib.util.find_spec("torch_xla") is None:
+        for part in filter(None, (cfg.common, cfg.distributed_training, cfg.optimizer)):
+            if getattr(part, "tpu", False):
+                part.tpu = False
 
 
 def _under_torchrun():

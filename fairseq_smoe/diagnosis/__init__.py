@@ -1,0 +1,1 @@
+"""Whether this machine trains and translates: what is installed, its devices, and a self-test."""
