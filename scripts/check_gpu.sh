@@ -25,8 +25,9 @@
 # at a tiny size without a GPU. Ends with exit code 1 unless all steps are complete.
 #
 # Environment:
-#   PYTHON    (default: python)
-#   SUBSET    test set that m4 translates (default: test)
+#   PYTHON     (default: python)
+#   BENCHMARK  of the step m4, and of DATA: m4, or a .json file like it (default: m4)
+#   SUBSET     test set that it translates (default: test)
 set -uo pipefail
 if (($# < 3)); then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
@@ -59,14 +60,18 @@ asked=("${@:-${steps[@]}}")
 total=$(awk "BEGIN {print int($minutes * 60)}")
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+"$PYTHON" -c 'import importlib.util as u; assert u.find_spec("fairseq") and u.find_spec("torch")' 2>/dev/null || {
+    echo "error: PYTHON $PYTHON: has no fairseq; install this project with it: pip install ." >&2
+    exit 2
+}
 work=$out-work
 mkdir -p "$out" "$work"
 
 if [[ $device == cuda ]]; then
-    on=() small=() batch=()
+    on=() small=() batch=() rows=()
     block=(--tokens 13000 64000 --experts 8 64 128 --experts-tokens 13000 --rounds 5)
 else
-    on=(--cpu)
+    on=(--cpu) rows=(--rows smoe-2-2-2-2)
     small=(--cpu --scale tiny --tokens 200 --rounds 2)
     batch=(--cpu --scale tiny --least 200 --most 400 --rounds 2)
     block=(--cpu --strata 2-2 --tokens 64 --experts 2 4 --experts-tokens 64 --rounds 2)
@@ -99,18 +104,18 @@ step() {
     "$PYTHON" scripts/gpu_table.py "$out" >"$out/gpu.md"
 }
 
-step doctor 10 "$PYTHON" -m fairseq_smoe doctor --folder "$work" "${on[@]}"
-step tests 30 "$PYTHON" -m pytest tests/gpu -m gpu --device "$device" -q -p no:cacheprovider \
+step doctor 7 "$PYTHON" -m fairseq_smoe doctor --folder "$work" "${on[@]}"
+step tests 20 "$PYTHON" -m pytest tests/gpu -m gpu --device "$device" -q -p no:cacheprovider \
     --junitxml "$out/tests/junit.xml"
 for backend in grouped_mm loop; do
-    step block-$backend 12 "$PYTHON" scripts/bench_block.py "${block[@]}" --backend $backend \
+    step block-$backend 8 "$PYTHON" scripts/bench_block.py "${block[@]}" --backend $backend \
         --to "$out/block-$backend"
 done
-step train 15 "$PYTHON" scripts/bench_train.py "${small[@]}" --to "$out/train"
-step generate 12 "$PYTHON" scripts/bench_generate.py "${small[@]}" --to "$out/generate" \
+step train 12 "$PYTHON" scripts/bench_train.py "${small[@]}" "${rows[@]}" --to "$out/train"
+step generate 8 "$PYTHON" scripts/bench_generate.py "${small[@]}" --to "$out/generate" \
     --rows vanilla-moe smoe-4-4 smoe-2-2-2-2
-step batch 10 "$PYTHON" scripts/largest_batch.py "${batch[@]}" --to "$out/batch"
-step m15 12 "$PYTHON" scripts/bench_train.py --benchmark m15 --rows vanilla-moe --rounds 100 \
+step batch 6 "$PYTHON" scripts/largest_batch.py "${batch[@]}" --to "$out/batch"
+step m15 8 "$PYTHON" scripts/bench_train.py --benchmark m15 --rows vanilla-moe --rounds 100 \
     "${small[@]}" --to "$out/m15"
 step m4 100 bash scripts/side_by_side.sh "$data" "$work" "$out/m4" $((total - SECONDS)) "$device"
 

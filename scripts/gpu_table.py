@@ -8,10 +8,10 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from benchmarking import machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fairseq_smoe.plots.train_log import read_log
-from fairseq_smoe.text_table import aligned
+from fairseq_smoe.plots.train_log import read_log  # noqa: E402
+from fairseq_smoe.text_table import aligned  # noqa: E402
 
 # step with a table of its own -> its title
 TABLES = {
@@ -28,17 +28,24 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     out = Path(sys.argv[1])
-    facts = machine()
-    print(f"# {facts['gpu'] or facts['processor']}\n")
-    print(f"torch {facts['torch']}, {facts['date']}: `bash scripts/check_gpu.sh`\n")
-    print("\n".join(steps(out)))
+    print("\n".join([*title(out), *steps(out)]))
     parts = {"Doctor": doctor(out), "Tests": tests(out)}
     parts |= {title: table(out / name / "table.md") for name, title in TABLES.items()}
     parts["M4, side by side"] = side_by_side(out / "m4")
-    for title, lines in parts.items():
+    for heading, lines in parts.items():
         if lines:
-            print(f"\n## {title}\n")
+            print(f"\n## {heading}\n")
             print("\n".join(lines))
+
+
+def title(out):
+    """The machine, as a benchmark has recorded it."""
+    for path in sorted(out.glob("*/results.json")):
+        facts = json.loads(path.read_text())
+        machine = facts["gpu"] or facts["processor"]
+        about = f"torch {facts['torch']}, {facts['date']}: `bash scripts/check_gpu.sh`"
+        return [f"# {machine}", "", about, ""]
+    return ["# Check of a GPU", ""]
 
 
 def steps(out):

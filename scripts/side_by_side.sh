@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains Vanilla MoE and SMoE-2-2-2-2 of M4 side by side from one seed for a given time, then scores
-# their translations.
+# Trains Vanilla MoE and SMoE-2-2-2-2 side by side from one seed for a given time, then scores their
+# translations.
 #
 # usage: bash scripts/side_by_side.sh DATA RUNS OUT SECONDS [cuda|cpu]
 #
@@ -8,15 +8,16 @@
 # within SECONDS. "cpu" trains models of scale tiny.
 #
 # Environment:
-#   PYTHON    (default: python)
-#   SUBSET    test set (default: test)
+#   PYTHON     (default: python)
+#   BENCHMARK  whose models these are, and whose data DATA has (default: m4)
+#   SUBSET     test set (default: test)
 set -uo pipefail
 if (($# < 4)); then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 data=$1 runs=$2 out=$3 seconds=$4 device=${5:-cuda}
-: "${PYTHON:=python}" "${SUBSET:=test}"
+: "${PYTHON:=python}" "${BENCHMARK:=m4}" "${SUBSET:=test}"
 rows=(vanilla-moe smoe-2-2-2-2)
 if [[ $device == cuda ]]; then
     translation=(--fp16)
@@ -24,14 +25,15 @@ if [[ $device == cuda ]]; then
     training=(--bf16 --max-tokens 13000 --warmup-updates 1000)
 else
     translation=(--cpu)
-    training=(--cpu --scale tiny --max-source-positions 200 --max-target-positions 200)
+    training=(--cpu --scale tiny --max-update 30)
+    training+=(--max-source-positions 200 --max-target-positions 200)
 fi
 mkdir -p "$out"
 hours=$(awk "BEGIN {print 0.6 * $seconds / 3600}")
 
 trainings=()
 for row in "${rows[@]}"; do
-    "$PYTHON" -m fairseq_smoe train m4 "$row" --seed 1 --data "$data" --run "$runs/$row" \
+    "$PYTHON" -m fairseq_smoe train "$BENCHMARK" "$row" --seed 1 --data "$data" --run "$runs/$row" \
         "${training[@]}" --stop-time-hours "$hours" >"$out/$row.txt" 2>&1 &
     trainings+=($!)
 done

@@ -13,28 +13,15 @@ from fairseq_smoe.diagnosis.self_test import Result
 from fairseq_smoe.diagnosis.software import TESTED, Installed
 
 
-@pytest.fixture(scope="module")
-def doctor():
-    """What the command finds on this machine's CPU, as JSON."""
-    outcome = toy_task.run("python", "-m", "fairseq_smoe", "doctor", "--cpu", "--json")
-    return json.loads(outcome.stdout)
-
-
-def test_the_self_test_passes_here(doctor):
-    done = {(result["check"], result["precision"]): result for result in doctor["self_test"]}
-    kinds = {("block", p) for p in ("fp32", "fp16", "bf16")}
-    kinds |= {("training", p) for p in ("fp32", "fp16", "bf16")}
-    assert done.keys() == kinds | {("translation", "fp32"), ("collectives", None)}
-    assert not any(result["failure"] for result in done.values())
-    assert doctor["verdict"].startswith("ready: trains and translates on ")
-
-
-def test_versions_and_machine(doctor):
-    versions = {package["name"]: package["version"] for package in doctor["software"]}
+def test_versions_and_machine():
+    options = ("doctor", "--cpu", "--json", "--no-self-test")
+    found = json.loads(toy_task.run("python", "-m", "fairseq_smoe", *options).stdout)
+    versions = {package["name"]: package["version"] for package in found["software"]}
     assert versions.keys() == {"fairseq-smoe", *TESTED} and all(versions.values())
     assert versions["torch"] == torch.__version__
-    facts = doctor["facts"]
+    facts = found["facts"]
     assert facts["cores"] >= 1 and facts["memory"] > 0.1 and facts["disk"] > 0
+    assert found["self_test"] == []
 
 
 def test_without_the_self_test_it_says_so(tmp_path):
