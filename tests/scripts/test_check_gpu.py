@@ -1,4 +1,4 @@
-"""scripts/check_gpu.sh, tried on the CPU: every step, one that fails, and one that takes too long."""
+"""scripts/check_gpu.sh tried on the CPU: every step, one that fails, one that takes too long."""
 
 import json
 import re
@@ -34,8 +34,8 @@ def check_gpu(data, out, minutes, *steps, check=True):
 
 def outcomes(page):
     """``{step: outcome}`` of the first table of gpu.md."""
-    lines = re.findall(r"^\| ([\w-]+) +\| +\d+ \| +(.*) \|$", page, re.MULTILINE)
-    return dict(lines)
+    table = page[: page.find("\n## ")]
+    return dict(re.findall(r"^\| ([\w-]+) +\| +\d+ \| +(.*) \|$", table, re.MULTILINE))
 
 
 @pytest.mark.long
@@ -60,12 +60,10 @@ def test_every_step_runs_and_writes(m4_data, tmp_path):
 
 def test_a_step_that_ends_badly_leaves_the_others_alone(tmp_path):
     out, missing = tmp_path / "gpu", tmp_path / "missing"
-    outcome = check_gpu(missing, out, 0.2, "doctor", "block-loop", "m4", check=False)
+    outcome = check_gpu(missing, out, 1, "doctor", "m4", check=False)
     assert outcome.returncode == 1
     found = outcomes((out / "gpu.md").read_text())
-    assert found["doctor"].startswith("not begun: the time was over") or re.match(
-        r"stopped after \d+ s, its share of the time", found["doctor"]
-    )
+    assert found["doctor"] == "stopped after 4 s, its share of the time"
     assert found["m4"] == "failed with exit code 1, see m4/log.txt"
     assert f"error: --data {missing}: holds no prepared text" in (out / "m4/log.txt").read_text()
 
