@@ -48,6 +48,10 @@ EXTRAS = {
         "matplotlib",  # pictures of the report
     ],
     "plot": ["matplotlib"],
+    "cluster": [
+        "distributed>=2025.1",  # prepare --scheduler
+        "dask-jobqueue>=0.9",  # --scheduler slurm
+    ],
     "moefy": ["pymetis"],  # convert moefy --moefy-split graph
     "comet": ["unbabel-comet>=2.2"],  # brings numpy 1.26
     "serve": [
@@ -77,6 +81,8 @@ EXTRAS = {
         "tensorboard",
         "transformers>=4.57",  # read what export writes
         "ctranslate2>=4.5",
+        "distributed>=2025.1",  # a cluster of two processes
+        "dask-jobqueue>=0.9",
     ],
 }
 

@@ -107,12 +107,14 @@ def binarise(chunks, targets):
 
 def write_index(path, sizes, dtype):
     """Write an ``.idx`` file; ``sizes`` (sentences,) int32 in tokens."""
-    ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
     with whole_file(path) as handle:
         handle.write(_HEADER.pack(b"MMIDIDX\x00\x00", 1, _TYPE_CODES[dtype], len(sizes)))
-        handle.write(sizes.astype("<i4").data)
-        handle.write(starts.astype("<i8").data)
+        handle.write(sizes.astype("<i4", copy=False).data)
+        start = 0
+        for i in range(0, len(sizes), CHUNK_LINES):  # 8 bytes a sentence are much for all
+            ends = start + np.cumsum(sizes[i : i + CHUNK_LINES], dtype=np.int64) * dtype.itemsize
+            handle.write(np.concatenate([[start], ends[:-1]]).astype("<i8", copy=False).data)
+            start = ends[-1]
 
 
 def read_sizes(path):

@@ -43,6 +43,21 @@ def add_arguments(parser):
         help="processes to clean, encode and binarise with (default: all cores, %(default)s)",
     )
     parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run the work on the workers of this Dask scheduler, e.g. tcp://host:8786, which have "
+        "to see all folders under the same names; 'slurm' submits --workers workers to SLURM, as "
+        "~/.config/dask/jobqueue.yaml says (docs/scale.md; default: this machine)",
+    )
+    parser.add_argument(
+        "--piece-lines",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="lines of a pair that a process cleans at a time, in 100 bytes of memory each; pairs "
+        "with more are cleaned by several (default: %(default)s)",
+    )
+    parser.add_argument(
         "--steps",
         nargs="+",
         choices=STEPS,

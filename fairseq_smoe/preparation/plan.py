@@ -40,6 +40,8 @@ class Plan:
     vocabulary_of: str | None
     lines_per_shard: int
     workers: int
+    scheduler: str | None
+    piece_lines: int
 
     @property
     def work(self):
@@ -152,7 +154,7 @@ def make_plan(args):
             for name in (
                 *("skip_missing", "data_address", "flores_address"),
                 *("connections", "character_coverage", "sample_lines", "seed"),
-                *("lines_per_shard", "workers"),
+                *("lines_per_shard", "workers", "scheduler", "piece_lines"),
             )
         },
     )
@@ -195,6 +197,7 @@ def _check_numbers(args):
         "temperature": 1,
         "sample_lines": 1000,
         "workers": 1,
+        "piece_lines": 1,
         "connections": 1,
         "lines_per_shard": 0,
         "max_length": 0,

@@ -1,4 +1,4 @@
-"""Running jobs in parallel processes, with a progress bar."""
+"""Running jobs in parallel, in processes of this machine or on a cluster, with a progress bar."""
 
 import multiprocessing
 import os
@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -20,43 +21,76 @@ def available_cores():
     return os.cpu_count()
 
 
-def in_child(function, *arguments):
-    """Run ``function(*arguments)`` in a child process, so that Ctrl-C ends code that ignores it."""
-    with _pool(1) as pool:
-        return pool.submit(function, *arguments).result()
+@contextmanager
+def open_pool(workers, scheduler, folder):
+    """What runs the jobs: a :class:`ProcessPool`, or a
+    :class:`~fairseq_smoe.preparation.cluster.ClusterPool`.
 
-
-def in_parallel(function, jobs, workers, title, unit):
-    """``[function(*job) for job in jobs]``, computed in parallel.
-
-    ``function`` and jobs are pickled, so the function has to be at the top level of a module. Give
-    the longest jobs first.
-
-    Raises:
-        OptionError: ``function`` raised it, or a process was killed, e.g. for lack of memory.
+    Args:
+        workers: number of processes.
+        scheduler: None for this machine, or --scheduler.
+        folder: one that all workers of a cluster have to see.
     """
-    jobs = list(jobs)
-    bar = tqdm(total=len(jobs), desc=title, unit=unit, mininterval=0.5)
-    if workers == 1 or len(jobs) < 2:
-        with bar:
-            return [_counted(function, job, bar) for job in jobs]
-    with bar, _pool(min(workers, len(jobs))) as pool:
-        try:
-            futures = [pool.submit(function, *job) for job in jobs]
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise OptionError(
-                f"--workers {workers}: a process was killed while it was at work on {title!r}, "
-                "probably for lack of memory; use fewer workers and run the same command again"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    if scheduler is None:
+        yield ProcessPool(workers)
+        return
+    from fairseq_smoe.preparation.cluster import open_cluster  # needs dask
+
+    with open_cluster(scheduler, workers, folder) as pool:
+        yield pool
 
 
-def _pool(workers):
+class ProcessPool:
+    """Processes of this machine.
+
+    Args:
+        workers: number of processes; 1 for this process alone.
+    """
+
+    def __init__(self, workers):
+        self.workers = workers
+
+    def map(self, function, jobs, title, unit):
+        """``[function(*job) for job in jobs]``, computed in parallel.
+
+        ``function`` and jobs are pickled, so the function has to be at the top level of a module.
+        Give the longest jobs first.
+
+        Raises:
+            OptionError: ``function`` raised it, or a process was killed, e.g. for lack of memory.
+        """
+        jobs = list(jobs)
+        bar = tqdm(total=len(jobs), desc=title, unit=unit, mininterval=0.5)
+        if self.workers == 1 or len(jobs) < 2:
+            with bar:
+                return [_counted(function, job, bar) for job in jobs]
+        with bar, _processes(min(self.workers, len(jobs))) as processes:
+            try:
+                return collect([processes.submit(function, *job) for job in jobs], bar)
+            except BrokenProcessPool as error:
+                raise OptionError(
+                    f"--workers {self.workers}: a process was killed while it was at work on "
+                    f"{title!r}, probably for lack of memory; use fewer workers and run the same "
+                    "command again"
+                ) from error
+            finally:
+                processes.shutdown(wait=False, cancel_futures=True)
+
+    def run(self, function, *arguments):
+        """``function(*arguments)`` in a child process, so that Ctrl-C ends code that ignores it."""
+        with _processes(1) as processes:
+            return processes.submit(function, *arguments).result()
+
+
+def collect(futures, bar):
+    """The results of futures in their order, with a progress bar."""
+    for future in as_completed(futures):
+        future.result()
+        bar.update()
+    return [future.result() for future in futures]
+
+
+def _processes(workers):
     return ProcessPoolExecutor(
         max_workers=workers,
         mp_context=multiprocessing.get_context("spawn"),

@@ -9,6 +9,7 @@ from fairseq_smoe.files import disk_space_for, only_process_in, remove_unfinishe
 from fairseq_smoe.preparation import options, steps
 from fairseq_smoe.preparation.outputs import remove_outputs
 from fairseq_smoe.preparation.plan import make_plan
+from fairseq_smoe.preparation.pool import open_pool
 from fairseq_smoe.preparation.record import Record
 
 
@@ -37,14 +38,15 @@ def _run_steps(plan, args):
         steps.check_input(plan, args.redo)
         record.forget(args.redo)
         remove_outputs(plan, args.redo)
-    for step in options.STEPS:
-        if step in args.steps:
-            _run_step(step, plan, record, settings)
+    with open_pool(plan.workers, plan.scheduler, plan.work) as pool:
+        for step in options.STEPS:
+            if step in args.steps:
+                _run_step(step, plan, pool, record, settings)
     if record.is_complete("report"):
         print(f"{plan.target}: complete, see report.md; the folder work in it may be deleted")
 
 
-def _run_step(step, plan, record, settings):
+def _run_step(step, plan, pool, record, settings):
     record.begin(step, settings)
     if record.is_complete(step):
         print(f"{step}: already complete")
@@ -53,7 +55,7 @@ def _run_step(step, plan, record, settings):
     started = time.monotonic()
     try:
         steps.check_input(plan, step)
-        getattr(steps, step)(plan)
+        getattr(steps, step)(plan, pool)
     except Exception:
         if step in options.FREE_AFTER_FAILURE:
             record.forget(step)

@@ -1,4 +1,5 @@
-"""The steps from published corpora to binary files; each takes a :class:`Plan`.
+"""The steps from published corpora to binary files; each takes a :class:`Plan` and what runs its
+jobs, see :mod:`~fairseq_smoe.preparation.pool`.
 
 fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. An interrupted step
 resumes from the files that are complete. At its end a step writes a summary of its output to a
@@ -16,10 +17,10 @@ from fairseq_smoe.benchmarks.cleaning import in_words
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
 from fairseq_smoe.preparation import binary, sources, too_long
-from fairseq_smoe.preparation.clean import clean_pair, is_current, write_held_out
+from fairseq_smoe.preparation.clean import is_current, write_held_out
+from fairseq_smoe.preparation.clean_pairs import clean_pairs
 from fairseq_smoe.preparation.extended_vocabulary import extend, read_base
 from fairseq_smoe.preparation.parallel_text import check_source, collect
-from fairseq_smoe.preparation.pool import in_child, in_parallel
 from fairseq_smoe.preparation.report import overlap_in_words, write_report
 from fairseq_smoe.preparation.verify import state_of, verify_pair
 from fairseq_smoe.preparation.vocabulary import (
@@ -69,7 +70,7 @@ def check_input(plan, step):
                 )
 
 
-def fetch(plan):
+def fetch(plan, pool):
     """Download text that is not given with --from, and collect all text in ``work/raw``.
 
     Summary: ``{pair: [splits]}``.
@@ -115,7 +116,7 @@ def _expected_files(plan, split, pair):
     return f"expected {prefix}.{pair}.* or opus.{pair}-{prefix}.*"
 
 
-def verify(plan):
+def verify(plan, pool):
     """Check that both sides of every split have the same number of lines, in UTF-8.
 
     Summary: ``{file: [bytes, time of its last change]}``.
@@ -126,11 +127,11 @@ def verify(plan):
         for pair, splits in _summary(plan, "fetch").items()
         for split in splits
     ]
-    states = in_parallel(verify_pair, jobs, plan.workers, "verify", "text")
+    states = pool.map(verify_pair, jobs, "verify", "text")
     _write_summary(plan, "verify", {name: s for state in states for name, s in state.items()})
 
 
-def clean(plan):
+def clean(plan, pool):
     """Drop pairs by the rules. Summary: ``{pair: {split: counts}}``."""
     hint = ""
     if plan.benchmark and plan.cleaning == "none":
@@ -149,21 +150,17 @@ def clean(plan):
             ]
             write_held_out(paths, folder / f"held-out.{lang}.npy")
 
-    def size(pair):
-        return verified[f"train.{pair}.{pair.split('-')[1]}"][0]
-
-    largest_first = sorted(found, key=size, reverse=True)
-    jobs = [(pair, plan.raw, folder, found[pair], plan.rules) for pair in largest_first]
-    counts = in_parallel(clean_pair, jobs, plan.workers, "clean", "pair")
-    _write_summary(plan, "clean", dict(zip(largest_first, counts)))
+    counts = clean_pairs(plan, pool, found, verified)
+    _write_summary(plan, "clean", counts)
     kept, overlap = (
-        sum(splits["train"][name]["lines"] for splits in counts) for name in ("kept", "in_held_out")
+        sum(splits["train"][name]["lines"] for splits in counts.values())
+        for name in ("kept", "in_held_out")
     )
     if overlap:
         print(f"clean: {overlap_in_words(overlap, kept)}; --held-out drop leaves them out")
 
 
-def sentencepiece(plan):
+def sentencepiece(plan, pool):
     """Train the joint vocabulary, or extend one; write the dictionary and the list of languages."""
     cleaned = _summary(plan, "clean")
     langs = plan.languages(cleaned)
@@ -177,11 +174,11 @@ def sentencepiece(plan):
         base = read_base(plan.vocabulary_of)
         for lang in base.new_languages(langs) if plan.vocab_size else ():
             own = {lang: files[lang]}
-            _train_model(plan, own, lines, plan.target / f"spm.{lang}.model")
+            _train_model(plan, pool, own, lines, plan.target / f"spm.{lang}.model")
         symbols = extend(base, langs, plan.target)
         langs = base.languages + base.new_languages(langs)
     else:
-        _train_model(plan, files, lines, plan.model)
+        _train_model(plan, pool, files, lines, plan.model)
         symbols = joint_symbols(spm.SentencePieceProcessor(model_file=str(plan.model)), langs)
     write_dictionary(symbols, plan.dictionary)
     for lang in langs:  # fairseq reads one for each language
@@ -189,7 +186,7 @@ def sentencepiece(plan):
     write_whole(plan.target / LANGS_FILE, "".join(f"{lang}\n" for lang in langs))
 
 
-def _train_model(plan, files, lines, path):
+def _train_model(plan, pool, files, lines, path):
     """Train a SentencePiece model, unless it is there.
 
     Args:
@@ -202,7 +199,7 @@ def _train_model(plan, files, lines, path):
         print("sentencepiece: drawn the sample; training takes minutes, with no bar", flush=True)
         sizes = plan.vocab_size, plan.character_coverage
         try:
-            in_child(train_sentencepiece, plan.sample, path, *sizes)
+            pool.run(train_sentencepiece, plan.sample, path, *sizes)
         except OptionError:
             plan.sample.unlink()  # its content depends on the options
             raise
@@ -210,12 +207,15 @@ def _train_model(plan, files, lines, path):
         plan.sample.unlink()  # the next language has another
 
 
-def encode(plan):
+def encode(plan, pool):
     """Turn text into the ids of the dictionary. Summary: ``{text file: number of chunks}``."""
     plan.ids.mkdir(exist_ok=True)
     numbers, jobs, job_bytes, models = {}, [], 0, []
-    for name in tqdm(_text_files(plan), desc="measure", unit="file"):
-        bounds = binary.chunk_bounds(plan.clean / name)
+    names = _text_files(plan)
+    bounds_of_all = pool.map(
+        binary.chunk_bounds, [(plan.clean / name,) for name in names], "measure", "file"
+    )
+    for name, bounds in zip(names, bounds_of_all):
         chunks = binary.chunk_files(plan.ids, name, len(bounds))
         numbers[name] = len(chunks)
         model = sentencepiece_file(plan.target, name.rpartition(".")[2])
@@ -228,11 +228,11 @@ def encode(plan):
             job_bytes += stop - start
     dtype = binary.token_type(_dictionary_size(plan))
     jobs = [(job, model, plan.dictionary, dtype) for job, model in zip(jobs, models)]
-    in_parallel(binary.encode_chunks, jobs, plan.workers, "encode", "job")
+    pool.map(binary.encode_chunks, jobs, "encode", "job")
     _write_summary(plan, "encode", numbers)
 
 
-def binarise(plan):
+def binarise(plan, pool):
     """Join the chunks to the files that fairseq reads. Put the validation and test text beside
     them, to score translations against. Summary: counts of each text file."""
     cleaned, numbers = _summary(plan, "clean"), _summary(plan, "encode")
@@ -247,11 +247,11 @@ def binarise(plan):
             # with the ending .txt: without it, fairseq would read this file instead of the .bin
             text = (plan.clean / name).read_text(encoding="utf-8")
             write_whole(plan.target / f"{name}.txt", text)
-    counts = in_parallel(binary.binarise, jobs, plan.workers, "binarise", "file")
+    counts = pool.map(binary.binarise, jobs, "binarise", "file")
     _write_summary(plan, "binarise", dict(zip(numbers, counts)))
 
 
-def report(plan):
+def report(plan, pool):
     """Describe the data in ``report.md``, ``report.json`` and pictures; warn of sentences that
     are too long for a model."""
     cleaned = _summary(plan, "clean")

@@ -12,6 +12,9 @@ from fairseq_smoe.benchmarks.cleaning import CLEANINGS, Rules
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.preparation import clean
 from fairseq_smoe.preparation.clean import clean_pair, write_held_out
+from fairseq_smoe.preparation.clean_pairs import clean_large_pairs
+from fairseq_smoe.preparation.large_pairs import LargePair
+from fairseq_smoe.preparation.pool import ProcessPool
 
 # few words, so that examples hold equal sides, duplicates and held-out sentences
 WORDS = ["a", "A  b", "ab", "c" * 30, "", "ａ", "d e", "ee", "a\x00b", "\ufeffa", "a\u2028", "\r"]
@@ -24,15 +27,27 @@ def write(folder, name, lines):
     return path
 
 
-def clean_texts(folder, train, held_out=((), ()), rules=Rules()):
-    """Clean ``[(first, second), ...]``; returns the pairs kept and the counts."""
-    paths = [write(folder, f"raw.{i}", [pair[i] for pair in train]) for i in range(2)]
-    known = []
-    for i, lines in enumerate(held_out):
-        known.append(folder / f"held-out.{i}.npy")
-        write_held_out([write(folder, f"held-out.{i}", lines)], known[i])
-    targets = [folder / f"clean.{i}" for i in range(2)]
-    counts = clean.clean_training_text(paths, targets, rules, known)
+def clean_texts(folder, train, held_out=((), ()), rules=Rules(), piece_lines=None):
+    """Clean ``[(first, second), ...]``; returns the pairs kept and the counts.
+
+    Args:
+        piece_lines: None for a single job, or the lines of a piece.
+    """
+    raw, out = folder / "raw", folder / "clean"
+    raw.mkdir()
+    out.mkdir()
+    for i, (lang, lines) in enumerate(zip(("0", "1"), held_out)):
+        write(raw, f"train.0-1.{lang}", [pair[i] for pair in train])
+        write_held_out([write(raw, f"held-out.{lang}", lines)], out / f"held-out.{lang}.npy")
+    paths, targets = clean.files_of("train", "0-1", raw, out)
+    if piece_lines:
+        large = LargePair("0-1", raw, out, piece_lines)
+        found = clean_large_pairs([large], rules, {"0-1": ["train"]}, ProcessPool(1))
+        counts = found["0-1"]["train"]
+        assert not large.folder.exists()
+    else:
+        known = clean.held_out_files("0-1", out)
+        counts = clean.clean_training_text(paths, targets, rules, known)
     sides = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in targets]
     return list(zip(*sides)), {name: count["lines"] for name, count in counts.items()}
 
@@ -88,17 +103,22 @@ def tidied(text):
         held_out=st.sampled_from(["drop", "keep"]),
         duplicates=st.sampled_from(["drop", "keep"]),
     ),
-    st.sampled_from([1, 4, 100_000]),
+    st.sampled_from([1, 9, 100_000]),
+    st.sampled_from([None, 1, 3, 1000]),
 )
 @settings(max_examples=150, deadline=None)
-def test_rules_agree_with_a_plain_reference(tmp_path_factory, columns, rules, block_lines):
+def test_rules_agree_with_a_plain_reference(
+    tmp_path_factory, columns, rules, block_bytes, piece_lines
+):
     train = list(zip(columns[0], columns[1]))
     held_out = columns[2:]
-    expected = reference(train, held_out, rules)
+    kept, counts = reference(train, held_out, rules)
+    if piece_lines and not kept:
+        return  # an error, see below
     folder = tmp_path_factory.mktemp("clean")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clean, "BLOCK_LINES", block_lines)
-        assert clean_texts(folder, train, held_out, rules) == expected
+        patch.setattr(clean, "BLOCK_BYTES", block_bytes)
+        assert clean_texts(folder, train, held_out, rules, piece_lines) == (kept, counts)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=12)
