@@ -94,8 +94,11 @@ def start(args):
     return benchmark, rows, torch.cuda.is_available() and not args.cpu
 
 
-def build(benchmark, row, args, use_cuda):
+def build(benchmark, row, args, use_cuda, more=()):
     """Build what fairseq-train builds for a row's command, but with a made-up vocabulary.
+
+    Args:
+        more: further words of the command line.
 
     Returns:
         ``(cfg, task, model, criterion)``
@@ -111,7 +114,7 @@ def build(benchmark, row, args, use_cuda):
         for language in languages:
             (folder / f"dict.{language}.txt").write_text(words)
         (folder / "langs.txt").write_text("\n".join(languages))
-        more = ["--bf16"] if use_cuda else ["--cpu"]
+        more = ["--bf16" if use_cuda else "--cpu", *more]
         command = training_command(
             benchmark, row, args.scale, folder, folder, args.seed, args.tokens, 1, more
         )
