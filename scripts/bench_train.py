@@ -119,7 +119,7 @@ def compare_options(args):
 
 def as_markdown(results, title):
     lines = [
-        f"| {title} | options | time relative to none (quartiles) | peak memory, MiB | without, MiB |",
+        f"| {title} | options | time relative to none (quartiles) | peak MiB | peak MiB without |",
         "|---|---|---:|---:|---:|",
     ]
     for r in results:

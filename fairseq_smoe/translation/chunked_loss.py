@@ -27,8 +27,8 @@ def label_smoothed_loss(
     would become 0.
 
     Under autocast the logits are computed in its precision. The softmax is always computed in
-    float32. Gradients of the weight are rounded to the weight's precision for every chunk, and added
-    up in float32.
+    float32. The weight's gradients are rounded to its precision for every chunk, and added up in
+    float32.
 
     Args:
         target_T: ids of the target tokens, without padding.
@@ -94,7 +94,7 @@ class TargetLoss:
     def __init__(self, target_BS, padding_idx, ignored, smoothing, chunk, find_correct):
         has_loss_BS = target_BS.ne(padding_idx)
         has_loss_BS[:, :ignored] = False
-        # before the forward pass, so that a GPU, for which the host has to wait here, is idle anyway
+        # before the forward pass: the host has to wait here for a GPU, which has nothing to do yet
         self._place_T = has_loss_BS.flatten().nonzero().squeeze(1)
         self._target_T = target_BS.flatten()[self._place_T]
         self._shape = target_BS.shape
@@ -107,7 +107,7 @@ class TargetLoss:
         return label_smoothed_loss(features_TD, weight_VD, self._target_T, **settings)
 
     def by_place(self, nll_T):
-        """``(nll, has_loss)``, of shape (B * S,): what the tokens' losses are, and which have one."""
+        """``(nll, has_loss)``, both (B * S,): the loss of every place, and whether it has one."""
         nll = nll_T.new_zeros(self._shape.numel()).index_copy(0, self._place_T, nll_T)
         has_loss = torch.zeros_like(nll, dtype=torch.bool).index_fill(0, self._place_T, True)
         return nll, has_loss
@@ -125,7 +125,7 @@ class _Job:
 
     def losses(self, features_TD, weight_VD, gradients=None):
         """As :func:`label_smoothed_loss` returns them; also adds to ``gradients``."""
-        size, share = len(weight_VD), self.share(weight_VD)
+        share = self.share(weight_VD)
         nll_T = features_TD.new_empty(len(features_TD), dtype=torch.float32)
         all_T = torch.zeros_like(nll_T)  # sum of -log p over the vocabulary
         correct_T = torch.empty_like(nll_T, dtype=torch.bool) if self.find_correct else None

@@ -42,7 +42,7 @@ class MoELabelSmoothedCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
         default=0,
         metadata={
             "help": "save memory: compute logits, loss and their gradients for this many target "
-            "tokens at a time, e.g. 512 (default: 0, for all at once)"
+            "tokens at a time, e.g. 256 (default: 0, all at once)"
         },
     )
 

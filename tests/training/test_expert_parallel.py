@@ -85,7 +85,9 @@ def slow(*case):
         # 4 that share "2-2-2-2": test_four_train_the_model_that_one_trains
         (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
         slow(2, 2, "4-4", {**CHUNKED, "ddp_backend": "pytorch_ddp"}),
-        slow(2, 1, "4-4", {**CHUNKED, "ddp_backend": "pytorch_ddp", "find_unused_parameters": True}),
+        slow(
+            2, 1, "4-4", {**CHUNKED, "ddp_backend": "pytorch_ddp", "find_unused_parameters": True}
+        ),
         slow(2, 2, "4-4", {**CHUNKED, **SHARDED}),
         slow(4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
         slow(2, 2, "2-2-2-2", {"update_freq": 2}),
@@ -139,7 +141,16 @@ def test_processes_drop_the_same_layers(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, sharding", [("fp16", {}), slow("bf16", {}), ("eval_bleu", {}), slow("fp16", SHARDED)]
+    "more, sharding",
+    [
+        ("fp16", {}),
+        slow("fp16", {"chunked_loss": 50}),
+        slow("bf16", {}),
+        slow("bf16", {"chunked_loss": 50}),
+        ("eval_bleu", {}),
+        slow("fp16", SHARDED),
+        slow("fp16", {"chunked_loss": 50, **SHARDED}),
+    ],
 )
 def test_half_precision_and_validation_bleu(more, sharding, alone, data, tmp_path):
     """Processes that share experts train as one does, and it goes on with what they have left."""

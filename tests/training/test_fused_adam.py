@@ -92,9 +92,7 @@ def make_trainer(data, optimizer, *more):
 def train(trainer, update):
     """One update, in turns of one batch and of two."""
     numbers = [2 * update, 2 * update + 1][: 1 + update % 2]
-    trainer.train_step(
-        [toy_task.random_batch(n, trainer.task, 8, 4, range(2, 5)) for n in numbers]
-    )
+    trainer.train_step([toy_task.random_batch(n, trainer.task, 8, 4, range(2, 5)) for n in numbers])
 
 
 @pytest.mark.parametrize(

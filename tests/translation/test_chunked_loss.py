@@ -80,7 +80,7 @@ def test_untrained_tokens(smoothing):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_nearly_as_exact_as_all_logits_at_once(dtype):
-    """In float16 with the factor by which a loss in float16 is scaled, without which gradients would be 0."""
+    """In float16 with a factor as that of the loss, without which gradients would be 0."""
     factor = 2.0**10 if dtype == torch.float16 else 1.0
     features, weight, target = make(50, 16, 3000)
     features, weight = features.to(dtype), (weight / 4).to(dtype)
