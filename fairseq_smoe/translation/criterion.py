@@ -100,6 +100,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
         Raises:
             NonFiniteGateError: a gate produced NaN or infinity.
+            OptionError: --chunked-loss with a model that cannot compute its loss itself.
         """
         if self.chunk and reduce:
             sample = self._with_loss_in_model(model, sample)
@@ -131,7 +132,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         return loss, sample_size, logging_output
 
     def _with_loss_in_model(self, model, sample):
-        """A copy of a batch whose forward pass gives the loss instead of logits."""
+        """A copy of a batch, for which the model returns losses instead of logits."""
         if not getattr(model, "computes_loss", False):
             raise OptionError(
                 f"--chunked-loss {self.chunk}: needs --arch smoe_transformer or one of its sizes; "
