@@ -156,9 +156,7 @@ class SMoETransformer(TransformerModelBase):
         if loss is None:
             return super().forward(src_tokens, src_lengths, prev_output_tokens, **kwargs)
         encoder_out = self.encoder(src_tokens, src_lengths=src_lengths)
-        # no layer is to return its attention weights: nobody reads them, and attention without
-        # them is computed by a faster kernel
-        return self.decoder(prev_output_tokens, encoder_out, alignment_layer=-1, loss=loss)
+        return self.decoder(prev_output_tokens, encoder_out=encoder_out, loss=loss)
 
     @classmethod
     def build_encoder(cls, cfg, src_dict, embed_tokens):
