@@ -38,6 +38,17 @@ def test_options_against_none(tmp_path):
 
 
 @pytest.mark.slow
+def test_loss(tmp_path):
+    words = ("--tokens", 2000, "--vocabulary", 5000, "--width", 32, "--chunks", 100, 2000)
+    command = ("python", SCRIPTS / "bench_loss.py", *words, "--rounds", 2, "--cpu")
+    outcome = toy_task.run(*command, "--to", tmp_path)
+    small, large, adam = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert small["peak_mib"][0] < min(large["peak_mib"][0], small["peak_mib"][1] / 4)
+    assert 0 < adam["time"] < 1
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+@pytest.mark.slow
 def test_block(tmp_path):
     words = ("--strata", 4, "2-2", "--tokens", 128, "--embed-dim", 32, "--ffn-dim", 64)
     words += ("--experts", 2, 8, "--experts-tokens", 64, "--rounds", 3, "--cpu", "--to", tmp_path)
