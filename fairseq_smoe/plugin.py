@@ -13,6 +13,7 @@ hooks.apply()
 generation_hooks.apply()
 
 from fairseq_smoe.generation import hub  # noqa: E402
+from fairseq_smoe.training import fused_adam  # noqa: E402,F401
 from fairseq_smoe.translation import criterion, model, task  # noqa: E402,F401
 
 hub.use_for_our_task()

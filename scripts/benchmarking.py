@@ -121,9 +121,13 @@ def start(args):
     return benchmark, rows, torch.cuda.is_available() and not args.cpu
 
 
-def build(benchmark, row, args, use_cuda):
-    """What fairseq-train builds for a row's command: ``(cfg, task, model, criterion)``."""
-    more = ["--bf16"] if use_cuda else ["--cpu"]
+def build(benchmark, row, args, use_cuda, more=()):
+    """What fairseq-train builds for a row's command: ``(cfg, task, model, criterion)``.
+
+    Args:
+        more: further words of the command line.
+    """
+    more = ["--bf16" if use_cuda else "--cpu", *more]
     return untrained_model(benchmark, row, args.scale, args.tokens, args.seed, more)
 
 

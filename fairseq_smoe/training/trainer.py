@@ -36,6 +36,7 @@ from fairseq_smoe.translation.layers import expert_layers, find_expert_group
 logger = logging.getLogger(__name__)
 
 HALF_PRECISION = ("FP16Optimizer", "MemoryEfficientFP16Optimizer")
+ADAM = {"FairseqAdam", "FairseqFusedAdam"}  # go on from each other's state
 SHARDS = "num_shards"  # number of processes, stored in checkpoints with the position in the data
 
 
@@ -153,9 +154,10 @@ class SMoETrainer(Trainer):
         self.optimizer.optimizer.register_load_state_dict_pre_hook(self._take_share)
         # fairseq has two optimizers for half precision, one of them for shards. It compares their
         # names when it loads a checkpoint, although their states are the same
+        name = type(self.optimizer).__name__
         for last in (self._optim_history or [])[-1:]:
-            if last["optimizer_name"] in HALF_PRECISION:
-                last["optimizer_name"] = type(self.optimizer).__name__
+            if last["optimizer_name"] in HALF_PRECISION or {last["optimizer_name"], name} == ADAM:
+                last["optimizer_name"] = name
 
     def _take_share(self, _, state_dict):
         """Reduce the loaded optimizer state of all experts to that of this rank's experts. Clone

@@ -14,6 +14,7 @@ from fairseq.logging import metrics
 
 from fairseq_smoe.errors import NonFiniteGateError, OptionError
 from fairseq_smoe.moe.gate import BALANCE_LOSS
+from fairseq_smoe.translation.chunked_loss import TargetLoss
 from fairseq_smoe.translation.layers import expert_layers
 from fairseq_smoe.translation.routing_metrics import GATE_METRICS, routing_metrics
 
@@ -36,6 +37,13 @@ class MoELabelSmoothedCrossEntropyConfig(LabelSmoothedCrossEntropyCriterionConfi
     cmr_gate_loss_p: float = field(
         default=0.8,
         metadata={"help": "with --moe-cmr: budget, the mean gate value that the loss aims for"},
+    )
+    chunked_loss: int = field(
+        default=0,
+        metadata={
+            "help": "save memory: compute logits, loss and their gradients for this many target "
+            "tokens at a time, e.g. 256 (default: 0, all at once)"
+        },
     )
 
 
@@ -64,6 +72,7 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         moe_gate_loss_combine_method="average",
         cmr_gate_loss_wt=0.01,
         cmr_gate_loss_p=0.8,
+        chunked_loss=0,
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         if moe_gate_loss_combine_method not in COMBINE_METHODS:
@@ -73,6 +82,9 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
             )
         if not 0 <= cmr_gate_loss_p <= 1:
             raise OptionError(f"--cmr-gate-loss-p {cmr_gate_loss_p}: expected a fraction, 0 to 1")
+        if chunked_loss < 0:
+            raise OptionError(f"--chunked-loss {chunked_loss}: expected 0 (off) or more tokens")
+        self.chunk = chunked_loss
         self.gate_loss_weight = moe_gate_loss_wt
         self.average_gate_losses = moe_gate_loss_combine_method == "average"
         self.budget_weight = cmr_gate_loss_wt
@@ -88,7 +100,10 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
         Raises:
             NonFiniteGateError: a gate produced NaN or infinity.
+            OptionError: --chunked-loss with a model that cannot compute its loss itself.
         """
+        if self.chunk and reduce:
+            sample = self._with_loss_in_model(model, sample)
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         for name in ("direction_nll", "direction_ntokens"):
             if name in sample:
@@ -116,6 +131,23 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
         logging_output.update(routing_metrics(stats))
         return loss, sample_size, logging_output
 
+    def _with_loss_in_model(self, model, sample):
+        """A copy of a batch, for which the model returns losses instead of logits."""
+        if not getattr(model, "computes_loss", False):
+            raise OptionError(
+                f"--chunked-loss {self.chunk}: needs --arch smoe_transformer or one of its sizes; "
+                "leave it out"
+            )
+        loss = TargetLoss(
+            sample["target"],
+            self.padding_idx,
+            self.ignore_prefix_size,
+            self.eps,
+            self.chunk,
+            find_correct=self.report_accuracy,
+        )
+        return {**sample, "net_input": {**sample["net_input"], "loss": loss}}
+
     def _gate_losses(self, stats):
         """``{name: (weight, loss_L)}``, with the losses of the L expert layers that have this
         loss."""
@@ -128,12 +160,29 @@ class MoELabelSmoothedCrossEntropy(LabelSmoothedCrossEntropyCriterion):
 
     def compute_loss(self, model, net_output, sample, reduce=True):
         """As the parent's; in validation also stores the sums of each direction in ``sample``."""
-        if "direction" in sample and not model.training:
+        computed = sample["net_input"].get("loss")
+        by_direction = "direction" in sample and not model.training
+        if computed is not None:
+            loss, nll_T, _ = net_output[0]
+            if by_direction:
+                self._store_by_direction(sample, *computed.by_place(nll_T))
+            return loss, nll_T.sum()
+        if by_direction:
             lprobs, target = self.get_lprobs_and_target(model, net_output, sample)
-            sample["direction_nll"], sample["direction_ntokens"] = nll_per_direction(
-                lprobs, target, sample["direction"], len(self.directions), self.padding_idx
-            )
+            nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1)
+            self._store_by_direction(sample, nll, target.ne(self.padding_idx))
         return super().compute_loss(model, net_output, sample, reduce)
+
+    def _store_by_direction(self, sample, nll, has_loss):
+        sample["direction_nll"], sample["direction_ntokens"] = nll_per_direction(
+            nll, has_loss, sample["direction"], len(self.directions)
+        )
+
+    def compute_accuracy(self, model, net_output, sample):
+        if sample["net_input"].get("loss") is None:
+            return super().compute_accuracy(model, net_output, sample)
+        correct_T = net_output[0][2]
+        return correct_T.sum(), torch.tensor(len(correct_T))
 
     @classmethod
     def reduce_metrics(cls, logging_outputs) -> None:
@@ -180,24 +229,22 @@ def take_routing_stats(model):
     return stats
 
 
-def nll_per_direction(lprobs, target, direction_B, num_directions, padding_idx):
+def nll_per_direction(nll, has_loss, direction_B, num_directions):
     """Sum of -log p(target) and number of target tokens of every translation direction.
 
     Args:
-        lprobs: (B * S, V) log-probabilities.
-        target: (B * S,) token ids.
+        nll: (B * S,) -log p of target tokens.
+        has_loss: (B * S,) bool, False at padding.
         direction_B: direction of each sentence.
 
     Returns:
         Two (num_directions,) float tensors: sums in nats, and counts.
     """
-    is_token = target.ne(padding_idx)
-    nll = -lprobs.gather(1, target.unsqueeze(1)).squeeze(1) * is_token
-    direction = direction_B.repeat_interleave(len(target) // len(direction_B))
-    zeros = lprobs.new_zeros(num_directions)
+    direction = direction_B.repeat_interleave(len(nll) // len(direction_B))
+    zeros = nll.new_zeros(num_directions)
     return (
-        zeros.index_add(0, direction, nll),
-        zeros.index_add(0, direction, is_token.to(zeros.dtype)),
+        zeros.index_add(0, direction, nll * has_loss),
+        zeros.index_add(0, direction, has_loss.to(zeros.dtype)),
     )
 
 

@@ -68,6 +68,15 @@ class SMoEDecoder(TransformerDecoderBase):
         if cfg.in_step:
             self.layers = drop_alike(self.layers, "decoder")
 
+    def forward(self, *args, features_only=False, loss=None, **kwargs):
+        """As the parent's. With a :class:`~fairseq_smoe.translation.chunked_loss.TargetLoss`, the
+        loss takes the place of the logits."""
+        features_only = features_only or loss is not None
+        x, extra = super().forward(*args, features_only=features_only, **kwargs)
+        if loss is not None:
+            x = loss(x, self.output_projection.weight, self.untrained_tokens)
+        return x, extra
+
     def output_layer(self, features):
         """Logits; those of tokens that have not been trained are -inf."""
         logits = super().output_layer(features)
@@ -85,6 +94,8 @@ class SMoEDecoder(TransformerDecoderBase):
 @register_model("smoe_transformer", dataclass=SMoETransformerOptions)
 class SMoETransformer(TransformerModelBase):
     """Encoder-decoder translation model with stratified expert layers (paper, section 3)."""
+
+    computes_loss = True  # see forward()
 
     @classmethod
     def add_args(cls, parser):
@@ -138,6 +149,14 @@ class SMoETransformer(TransformerModelBase):
         if options.train_only:
             train_only(model, options.train_only)
         return model
+
+    def forward(self, src_tokens, src_lengths, prev_output_tokens, loss=None, **kwargs):
+        """As the parent's. With a :class:`~fairseq_smoe.translation.chunked_loss.TargetLoss`, the
+        loss takes the place of the logits."""
+        if loss is None:
+            return super().forward(src_tokens, src_lengths, prev_output_tokens, **kwargs)
+        encoder_out = self.encoder(src_tokens, src_lengths=src_lengths)
+        return self.decoder(prev_output_tokens, encoder_out=encoder_out, loss=loss)
 
     @classmethod
     def build_encoder(cls, cfg, src_dict, embed_tokens):

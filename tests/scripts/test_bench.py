@@ -25,6 +25,30 @@ def test_rows_against_dense(script, tmp_path):
 
 
 @pytest.mark.slow
+def test_options_against_none(tmp_path):
+    words = ("--scale", "tiny", "--rows", "smoe-2-2-2-2", "--tokens", 200, "--rounds", 2, "--cpu")
+    sets = ["--chunked-loss 64 --optimizer fused_adam", "--moe-freq 1"]
+    command = ("python", SCRIPTS / "bench_train.py", *words, "--options", *sets, "--to", tmp_path)
+    outcome = toy_task.run(*command)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [r["options"] for r in results] == sets
+    assert 0 < results[0]["time"] < 1.5 and results[1]["time"] > 1  # twice as many expert layers
+    assert all(100 < r["peak_mib"] < 2000 > r["stock_peak_mib"] for r in results)
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+@pytest.mark.slow
+def test_loss(tmp_path):
+    words = ("--tokens", 2000, "--vocabulary", 5000, "--width", 32, "--chunks", 100, 2000)
+    command = ("python", SCRIPTS / "bench_loss.py", *words, "--rounds", 2, "--cpu")
+    outcome = toy_task.run(*command, "--to", tmp_path)
+    small, large, adam = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert small["peak_mib"][0] < min(large["peak_mib"][0], small["peak_mib"][1] / 4)
+    assert 0 < adam["time"] < 1
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+@pytest.mark.slow
 def test_block(tmp_path):
     words = ("--strata", 4, "2-2", "--tokens", 128, "--embed-dim", 32, "--ffn-dim", 64)
     words += ("--experts", 2, 8, "--experts-tokens", 64, "--rounds", 3, "--cpu", "--to", tmp_path)

@@ -35,6 +35,7 @@ EXACT = {
 
 # in shards; with 1, every layer by itself
 SHARDED = {"ddp_backend": "fully_sharded", "min_params_to_wrap": 1}
+CHUNKED = {"chunked_loss": 50, "update_freq": 2}
 EXACT_LOGS = toy_task.REPOSITORY / "tests" / "exact_logs.py"
 
 
@@ -83,13 +84,18 @@ def slow(*case):
     [
         # 4 that share "2-2-2-2": test_four_train_the_model_that_one_trains
         (4, 2, "2-2-2-2", {"ddp_backend": "pytorch_ddp"}),
+        slow(2, 2, "4-4", {**CHUNKED, "ddp_backend": "pytorch_ddp"}),
+        slow(
+            2, 1, "4-4", {**CHUNKED, "ddp_backend": "pytorch_ddp", "find_unused_parameters": True}
+        ),
+        slow(2, 2, "4-4", {**CHUNKED, **SHARDED}),
         slow(4, 1, "2-2-2-2", {"ddp_backend": "legacy_ddp"}),
         slow(2, 2, "2-2-2-2", {"update_freq": 2}),
         slow(2, 1, "2-2-2-2", {"update_freq": 2}),
         (4, None, "4-4", {"ddp_backend": "legacy_ddp"}),  # 4 share the experts by default
         slow(4, 2, "4-4", {"ddp_backend": "legacy_ddp"}),
         slow(4, 1, "4-4", {}),
-        (2, 2, "4-4", {"update_freq": 2, "checkpoint_activations": True}),
+        (2, 2, "4-4", {**CHUNKED, "checkpoint_activations": True}),
         slow(2, 1, "4-4", {"update_freq": 2}),
         slow(4, 2, "2-2-2-2", SHARDED),
         slow(4, 4, "4-4", {**SHARDED, "min_params_to_wrap": None}),
@@ -135,7 +141,16 @@ def test_processes_drop_the_same_layers(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, sharding", [("fp16", {}), slow("bf16", {}), ("eval_bleu", {}), slow("fp16", SHARDED)]
+    "more, sharding",
+    [
+        ("fp16", {}),
+        slow("fp16", {"chunked_loss": 50}),
+        slow("bf16", {}),
+        slow("bf16", {"chunked_loss": 50}),
+        ("eval_bleu", {}),
+        slow("fp16", SHARDED),
+        slow("fp16", {"chunked_loss": 50, **SHARDED}),
+    ],
 )
 def test_half_precision_and_validation_bleu(more, sharding, alone, data, tmp_path):
     """Processes that share experts train as one does, and it goes on with what they have left."""
@@ -240,20 +255,28 @@ def test_what_does_not_go_together_with_shards(processes, more, message, data, t
     assert lines and all(f"error: {message}" in line for line in lines), outcome.tail()
 
 
-def test_adam_goes_on_the_same_way_with_shards(data, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {**SHARDED},
+        slow({"optimizer": "fused_adam"}),
+        slow({"optimizer": "fused_adam", **SHARDED}),
+    ],
+)
+def test_adam_goes_on_the_same_way_with_shards(more, data, tmp_path):
     """Losses, parameters, and what Adam keeps of each of them, in the checkpoint; as in a training
     that has not been interrupted."""
     options = {"optimizer": "adam", "lr": 1e-3, "momentum": None, "moe_expert_parallel_size": 2}
 
     def train_to_the_fifth(folder, **more):
         model = ("--smoe-strata", "4-4")
-        return losses(train(data, folder, 2, *model, max_update=5, **options, **more))
+        return losses(train(data, folder, 2, *model, max_update=5, **{**options, **more}))
 
     expected = train_to_the_fifth(tmp_path / "plain", save_interval_updates=3)
     copy_checkpoint(
         tmp_path / "plain" / "checkpoint_1_3.pt", tmp_path / "sharded" / "checkpoint_last.pt"
     )
-    found = train_to_the_fifth(tmp_path / "sharded", **SHARDED)
+    found = train_to_the_fifth(tmp_path / "sharded", **more)
     assert found.keys() == {4, 5}
     assert found == pytest.approx({n: expected[n] for n in found}, abs=1e-5)
     plain, sharded = merged(tmp_path / "plain"), merged(tmp_path / "sharded")
