@@ -38,8 +38,9 @@ def open_cluster(scheduler, workers, folder):
         raise OptionError(
             f'--scheduler {scheduler}: needs dask; pip install "fairseq-smoe[cluster]"'
         ) from error
-    # what becomes of the connection is said in one line below
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # a lost connection is reported in one line, see ClusterPool
+    for name in ("distributed", "distributed.client", "distributed.utils", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with _cluster(scheduler, workers) as address:
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)

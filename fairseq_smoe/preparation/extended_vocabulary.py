@@ -15,7 +15,6 @@ import sentencepiece as spm
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import whole_file
 from fairseq_smoe.preparation.vocabulary import language_token, model_pieces, read_dictionary
-from fairseq_smoe.translation.languages import read_languages
 from fairseq_smoe.translation.task_files import LANGS_FILE, SPM_FILE
 
 
@@ -44,6 +43,8 @@ def read_base(folder):
     Raises:
         OptionError: a file is missing, or the dictionary does not have the tokens of languages.
     """
+    from fairseq_smoe.translation.languages import read_languages  # brings fairseq: seconds
+
     folder = Path(folder)
     for name in ("dict.txt", SPM_FILE, LANGS_FILE):
         if not (folder / name).is_file():

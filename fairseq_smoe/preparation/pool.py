@@ -1,4 +1,4 @@
-"""Running jobs in parallel, in processes of this machine or on a cluster, with a progress bar."""
+"""Running jobs in parallel processes, with a progress bar."""
 
 import multiprocessing
 import os
@@ -7,7 +7,6 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -19,25 +18,6 @@ def available_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
-
-
-@contextmanager
-def open_pool(workers, scheduler, folder):
-    """What runs the jobs: a :class:`ProcessPool`, or a
-    :class:`~fairseq_smoe.preparation.cluster.ClusterPool`.
-
-    Args:
-        workers: number of processes.
-        scheduler: None for this machine, or --scheduler.
-        folder: one that all workers of a cluster have to see.
-    """
-    if scheduler is None:
-        yield ProcessPool(workers)
-        return
-    from fairseq_smoe.preparation.cluster import open_cluster  # needs dask
-
-    with open_cluster(scheduler, workers, folder) as pool:
-        yield pool
 
 
 class ProcessPool:

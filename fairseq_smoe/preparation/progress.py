@@ -7,9 +7,9 @@ from dataclasses import asdict
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import disk_space_for, only_process_in, remove_unfinished
 from fairseq_smoe.preparation import options, steps
+from fairseq_smoe.preparation.open_pool import open_pool
 from fairseq_smoe.preparation.outputs import remove_outputs
 from fairseq_smoe.preparation.plan import make_plan
-from fairseq_smoe.preparation.pool import open_pool
 from fairseq_smoe.preparation.record import Record
 
 

@@ -1,5 +1,5 @@
 """The steps from published corpora to binary files; each takes a :class:`Plan` and what runs its
-jobs, see :mod:`~fairseq_smoe.preparation.pool`.
+jobs, a pool (:mod:`~fairseq_smoe.preparation.pool`).
 
 fetch -> verify -> clean -> sentencepiece -> encode -> binarise -> report. An interrupted step
 resumes from the files that are complete. At its end a step writes a summary of its output to a

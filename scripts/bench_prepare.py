@@ -1,0 +1,218 @@
+"""Time, memory and disk of ``python -m fairseq_smoe prepare`` on one large pair of made-up text, and
+what follows for more.
+
+    python scripts/bench_prepare.py --pairs 20000000 --work /tmp/large --to results/bench_prepare
+    python scripts/bench_prepare.py --from results/bench_prepare --pairs 1000000000 --workers 64
+
+The first command writes the text to --work, prepares it with --workers processes, and measures each
+step: seconds, the peak memory of the largest process (its own memory, and with the pages of files
+that it has mapped), and the bytes on disk. The second takes such results and computes the same for
+another number of pairs and workers: time and disk grow with the pairs; time is divided by the
+workers except in steps that run in one process; memory stays.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from benchmarking import publish
+from tqdm import tqdm
+
+from fairseq_smoe.preparation.options import STEPS
+from fairseq_smoe.text_table import aligned
+
+PAIR = ("de", "en")
+BLOCK = 100_000  # sentences that are made once, and differ by a number at their end afterwards
+WORDS = 30_000
+REPEATED = 0.05  # of the lines
+IN_ONE_PROCESS = ("fetch", "sentencepiece", "report")
+
+
+def write_text(folder, pairs, seed=1):
+    """Sentences of 3 to 30 words, a twentieth of which are repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    words = {
+        lang: [
+            "".join(rng.choice(list("abcdefghijklmnoprstuwz"), rng.integers(2, 11)))
+            for _ in range(WORDS)
+        ]
+        for lang in PAIR
+    }
+    lengths = rng.integers(3, 31, BLOCK)
+    sentences = {
+        lang: [" ".join(words[lang][i] for i in rng.zipf(1.3, n) % WORDS) for n in lengths]
+        for lang in PAIR
+    }
+    for split, number in (("valid", 1000), ("test", 1000)):
+        for lang in PAIR:
+            lines = [f"{split} {sentence}\n" for sentence in sentences[lang][:number]]
+            (folder / f"{split}.de-en.{lang}").write_text("".join(lines))
+    files = [open(folder / f"train.de-en.{lang}", "w") for lang in PAIR]
+    for start in tqdm(range(0, pairs, BLOCK), desc="write text", unit="block"):
+        number = min(BLOCK, pairs - start)
+        marks = np.arange(start, start + number)
+        repeated = rng.random(number) < REPEATED
+        marks[repeated] = marks[repeated] // 2  # those of earlier lines of the same place
+        for lang, file in zip(PAIR, files):
+            file.writelines(f"{s} {m}\n" for s, m in zip(sentences[lang], marks.tolist()))
+    for file in files:
+        file.close()
+
+
+class PeakMemory:
+    """The most memory that a process and those that it has started had at a time, each for itself.
+
+    Attributes:
+        own, all: MiB of the largest process: without and with mapped files.
+    """
+
+    def __init__(self, pid):
+        self.pid = pid
+        self.own = self.all = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._done.wait(0.2):
+            for pid in family(self.pid):
+                own, everything = memory_of(pid)
+                self.own, self.all = max(self.own, own), max(self.all, everything)
+
+
+def family(pid):
+    """A process and all that it has started."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def memory_of(pid):
+    """MiB of a process now: its own, and with mapped files."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    kib = {
+        line.split(":")[0]: int(line.split()[1])
+        for line in lines
+        if line.startswith(("Rss", "VmRSS"))
+    }
+    return kib.get("RssAnon", 0) >> 10, kib.get("VmRSS", 0) >> 10
+
+
+def measure(args):
+    """A dict for each step."""
+    text, target = args.work / "text", args.work / "data"
+    if not (text / "train.de-en.en").exists():
+        write_text(text, args.pairs)
+    results = []
+    for step in args.steps:
+        command = [sys.executable, "-m", "fairseq_smoe", "prepare", "--from", text, "--to", target]
+        command += ["--pairs", "-".join(PAIR), "--vocab-size", "8000", "--workers", args.workers]
+        command += ["--steps", step, "--lines-per-shard", args.lines_per_shard, *args.more]
+        process = subprocess.Popen(list(map(str, command)))
+        begun = time.monotonic()
+        with PeakMemory(process.pid) as peak:
+            if process.wait():
+                sys.exit(process.returncode)
+        results.append(
+            {
+                "step": step,
+                "seconds": round(time.monotonic() - begun, 1),
+                "own_mib": peak.own,
+                "all_mib": peak.all,
+                "disk_gib": round(size_of(target) / 2**30, 2),
+            }
+        )
+    return results
+
+
+def size_of(folder):
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def extrapolate(measured, pairs, workers):
+    """The results for other numbers of pairs and workers."""
+    settings = measured["settings"]
+    more = pairs / settings["pairs"]
+    found = []
+    for result in measured["results"]:
+        share = 1 if result["step"] in IN_ONE_PROCESS else settings["workers"] / workers
+        found.append(
+            {
+                **result,
+                "seconds": result["seconds"] * more * share,
+                "disk_gib": result["disk_gib"] * more,
+            }
+        )
+    return found
+
+
+def as_markdown(results, pairs, workers):
+    rows = [
+        (
+            r["step"],
+            duration(r["seconds"]),
+            f"{r['own_mib']} ({r['all_mib']})",
+            f"{r['disk_gib']:.1f}" if r["disk_gib"] < 100 else f"{r['disk_gib']:.0f}",
+        )
+        for r in results
+    ]
+    header = (
+        f"{pairs:,} pairs, {workers} workers",
+        "time",
+        "largest process, MiB (with mapped files)",
+        "GiB on disk after it",
+    )
+    return "\n".join(aligned(header, rows, left=1))
+
+
+def duration(seconds):
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pairs", type=int, default=20_000_000, help="pairs of lines (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    add("--lines-per-shard", type=int, default=5_000_000, help="(default: %(default)s)")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="(default: all)")
+    add("--work", type=Path, metavar="DIR", help="folder for text and data")
+    add("--to", type=Path, metavar="DIR", help="write results.json and table.md there")
+    add("--from", dest="source", type=Path, metavar="DIR", help="compute from the results there")
+    args, args.more = parser.parse_known_args()
+    if args.source:
+        measured = json.loads((args.source / "results.json").read_text())
+        results = extrapolate(measured, args.pairs, args.workers)
+        print(as_markdown(results, args.pairs, args.workers))
+        return
+    if args.work is None:
+        parser.error("--work: give a folder for text and data")
+    results = measure(args)
+    args.work, args.source = None, None  # are no settings
+    publish(as_markdown(results, args.pairs, args.workers), args, {"results": results}, None)
+
+
+if __name__ == "__main__":
+    main()

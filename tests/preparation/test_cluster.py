@@ -1,0 +1,151 @@
+"""``prepare --scheduler``: the same files from a Dask cluster, whatever becomes of its processes."""
+
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import toy_task
+from dask_processes import DaskProcesses
+from prepared_folder import contents, run, words, write_text
+
+from fairseq_smoe.errors import OptionError
+from fairseq_smoe.preparation import cluster
+
+PAIRS = ("en-de", "en-nl", "en-fr")
+OPTIONS = {"pairs": ",".join(PAIRS), "vocab-size": "60", "lines-per-shard": "200"}
+IN_PIECES = {**OPTIONS, "piece-lines": "50"}
+
+
+def write_texts(folder, lines):
+    for pair in PAIRS:
+        write_text(folder, lines, pair)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(make_once):
+    return make_once("cluster-text", lambda folder: write_texts(folder, 400))
+
+
+@pytest.fixture(scope="module")
+def expected(text, tmp_path_factory):
+    """What one process makes, with every pair cleaned at once."""
+    target = tmp_path_factory.mktemp("expected")
+    run(text, target, **OPTIONS)
+    return contents(target)
+
+
+@pytest.fixture(scope="module")
+def dask(tmp_path_factory):
+    with DaskProcesses(tmp_path_factory.mktemp("dask")) as processes:
+        for _ in range(2):
+            processes.start_worker()
+        yield processes
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_pieces_give_the_same_files(text, tmp_path, expected, workers):
+    run(text, tmp_path, workers=workers, **IN_PIECES)
+    assert contents(tmp_path) == expected
+
+
+def test_a_cluster_gives_the_same_files(text, tmp_path, expected, dask):
+    run(text, tmp_path, scheduler=dask.address, **IN_PIECES)
+    assert contents(tmp_path) == expected
+    assert not list((tmp_path / "work").glob("cluster-*"))
+
+
+def kill_workers(dask, number, rng, pauses, stop):
+    """Kill a worker and start another, so many times."""
+    workers = [process for process in dask.processes if process is not dask.scheduler]
+    for _ in range(number):
+        if stop.wait(rng.uniform(*pauses)):
+            return
+        victim = workers.pop(rng.randrange(len(workers)))
+        dask.end(victim)
+        workers.append(dask.start_worker())
+
+
+@pytest.mark.parametrize(
+    "lines, kills", [(4_000, 2), pytest.param(60_000, 10, marks=pytest.mark.slow)]
+)
+def test_the_jobs_of_lost_workers_run_again(tmp_path, lines, kills):
+    text, folder = write_texts(tmp_path / "text", lines), tmp_path / "dask"
+    folder.mkdir()
+    options = {**IN_PIECES, "piece-lines": str(lines // 8)}
+    run(text, tmp_path / "expected", **options)
+    with DaskProcesses(folder) as dask:
+        for _ in range(2):
+            dask.start_worker()
+        stop, rng = threading.Event(), random.Random(1)
+        killer = threading.Thread(target=kill_workers, args=(dask, kills, rng, (1, 4), stop))
+        killer.start()
+        run(text, tmp_path / "data", scheduler=dask.address, **options)
+        stop.set()
+        killer.join()
+    assert contents(tmp_path / "data") == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "lines, kills", [(4_000, 1), pytest.param(60_000, 3, marks=pytest.mark.slow)]
+)
+def test_after_the_loss_of_the_scheduler_the_same_command_goes_on(tmp_path, lines, kills):
+    text, folder, target = write_texts(tmp_path / "text", lines), tmp_path / "dask", tmp_path / "data"
+    folder.mkdir()
+    options = {**IN_PIECES, "piece-lines": str(lines // 8)}
+    run(text, tmp_path / "expected", **options)
+    with DaskProcesses(folder) as dask:
+        for attempt in range(kills + 1):
+            if attempt:
+                dask.start_scheduler()
+            workers = [dask.start_worker() for _ in range(2)]
+            command = words(text, target, scheduler=dask.address, **options)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fairseq_smoe", "prepare", *command],
+                cwd=toy_task.REPOSITORY,
+                env=toy_task.environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if attempt == kills:
+                break
+            for line in process.stdout:
+                if line.startswith("clean ..."):
+                    break
+            time.sleep(1 + attempt)
+            dask.end(dask.scheduler)
+            for worker in workers:
+                dask.end(worker)
+            stderr = process.communicate(timeout=120)[1]
+            assert process.returncode == 1
+            last = stderr.strip().splitlines()[-1]
+            assert last.startswith(f"error: --scheduler {dask.address}: the connection was lost at ")
+            assert "run the same command" in last and "Traceback" not in stderr, stderr
+        out, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path, monkeypatch):
+    hidden = tmp_path / "data"
+    hidden.mkdir()
+    alone = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh")
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not hide a folder from a process")
+    folder = tmp_path / "dask"
+    folder.mkdir()
+    with DaskProcesses(folder) as dask:
+        dask.start_worker(*alone[:-1], "sh")
+        with pytest.raises(OptionError, match=rf"--to {hidden}: the worker on .* does not see this"):
+            run(text, hidden, scheduler=dask.address, **OPTIONS)
+
+
+def test_no_scheduler(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
+    with pytest.raises(OptionError, match="--scheduler tcp://127.0.0.1:9: no scheduler answers"):
+        run(text, tmp_path, scheduler="tcp://127.0.0.1:9", **OPTIONS)
