@@ -1,6 +1,7 @@
 """Running jobs on a Dask cluster, whose workers see the same files."""
 
 import logging
+import shutil
 import socket
 import time
 import uuid
@@ -14,6 +15,7 @@ from fairseq_smoe.files import write_whole
 from fairseq_smoe.preparation.pool import collect
 
 SLURM = "slurm"
+SLURM_MEMORY = "8GB"  # of a worker; SentencePiece needs most, 5 GB for a million lines
 CONNECT_SECONDS = 20
 # a file that another machine has made may be seen late on a network file system
 VISIBLE_SECONDS = 30
@@ -65,16 +67,25 @@ def _cluster(scheduler, workers):
         yield scheduler
         return
     try:
+        import dask
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise OptionError(
             '--scheduler slurm: needs dask-jobqueue; pip install "fairseq-smoe[cluster]"'
         ) from error
-    try:
-        cluster = SLURMCluster()
-    except ValueError as error:
+    if shutil.which("sbatch") is None:
         raise OptionError(
-            f"--scheduler slurm: {' '.join(str(error).split())}; set it under jobqueue: slurm: in "
+            "--scheduler slurm: there is no sbatch here; run this on a node that may submit jobs, "
+            "or give the address of a scheduler"
+        )
+    # a job of SLURM for each worker of one thread, unless the user's configuration says otherwise
+    usual = {"cores": 1, "processes": 1, "memory": SLURM_MEMORY}
+    own = {name: dask.config.get(f"jobqueue.slurm.{name}", None) for name in usual}
+    try:
+        cluster = SLURMCluster(**{name: own[name] or usual[name] for name in usual})
+    except (ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"--scheduler slurm: {' '.join(str(error).split())}; see jobqueue: slurm: in "
             "~/.config/dask/jobqueue.yaml"
         ) from error
     with cluster:

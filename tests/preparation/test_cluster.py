@@ -1,15 +1,15 @@
-"""``prepare --scheduler``: the same files from a Dask cluster, whatever becomes of its processes."""
+"""``prepare --scheduler``: the same files from a Dask cluster, whoever dies."""
 
 import random
-import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import toy_task
-from dask_processes import DaskProcesses
+from dask_processes import DaskProcesses, wait_until
 from prepared_folder import contents, run, words, write_text
 
 from fairseq_smoe.errors import OptionError
@@ -94,7 +94,11 @@ def test_the_jobs_of_lost_workers_run_again(tmp_path, lines, kills):
     "lines, kills", [(4_000, 1), pytest.param(60_000, 3, marks=pytest.mark.slow)]
 )
 def test_after_the_loss_of_the_scheduler_the_same_command_goes_on(tmp_path, lines, kills):
-    text, folder, target = write_texts(tmp_path / "text", lines), tmp_path / "dask", tmp_path / "data"
+    text, folder, target = (
+        write_texts(tmp_path / "text", lines),
+        tmp_path / "dask",
+        tmp_path / "data",
+    )
     folder.mkdir()
     options = {**IN_PIECES, "piece-lines": str(lines // 8)}
     run(text, tmp_path / "expected", **options)
@@ -124,7 +128,9 @@ def test_after_the_loss_of_the_scheduler_the_same_command_goes_on(tmp_path, line
             stderr = process.communicate(timeout=120)[1]
             assert process.returncode == 1
             last = stderr.strip().splitlines()[-1]
-            assert last.startswith(f"error: --scheduler {dask.address}: the connection was lost at ")
+            assert last.startswith(
+                f"error: --scheduler {dask.address}: the connection was lost at "
+            )
             assert "run the same command" in last and "Traceback" not in stderr, stderr
         out, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
@@ -141,11 +147,56 @@ def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path, monkeypa
     folder.mkdir()
     with DaskProcesses(folder) as dask:
         dask.start_worker(*alone[:-1], "sh")
-        with pytest.raises(OptionError, match=rf"--to {hidden}: the worker on .* does not see this"):
+        with pytest.raises(
+            OptionError, match=rf"--to {hidden}: the worker on .* does not see this"
+        ):
             run(text, hidden, scheduler=dask.address, **OPTIONS)
+
+
+def test_slurm_without_sbatch(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OptionError, match="--scheduler slurm: there is no sbatch here"):
+        run(text, tmp_path / "data", scheduler="slurm", **OPTIONS)
 
 
 def test_no_scheduler(text, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
     with pytest.raises(OptionError, match="--scheduler tcp://127.0.0.1:9: no scheduler answers"):
         run(text, tmp_path, scheduler="tcp://127.0.0.1:9", **OPTIONS)
+
+
+# what sbatch does, without a queue: the job runs at once on this machine, in a session of its own
+SBATCH = """#!/usr/bin/env bash
+setsid bash "${!#}" >>"$JOBS/log" 2>&1 </dev/null &
+echo $! >>"$JOBS/started"
+echo "Submitted batch job $!"
+"""
+SCANCEL = """#!/usr/bin/env bash
+for job in "$@"; do kill -- "-$job"; done
+"""
+
+
+def test_slurm_gets_a_job_for_each_worker(text, tmp_path, expected):
+    commands, jobs = tmp_path / "commands", tmp_path / "jobs"
+    for folder in (commands, jobs):
+        folder.mkdir()
+    for name, script in (("sbatch", SBATCH), ("scancel", SCANCEL)):
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    target = tmp_path / "data"
+    environment = toy_task.environment(JOBS=str(jobs))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fairseq_smoe", "prepare"),
+            *words(text, target, scheduler="slurm", workers="2", **IN_PIECES),
+        ],
+        cwd=toy_task.REPOSITORY,
+        env={**environment, "PATH": f"{commands}:{environment['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(target) == expected
+    started = (jobs / "started").read_text().split()
+    assert len(started) == 2
+    wait_until(lambda: not any(Path(f"/proc/{job}").exists() for job in started))  # cancelled
