@@ -2,11 +2,21 @@
 
 import errno
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from zlib import crc32
 
 from fairseq_smoe.errors import DiskFullError, OptionError
+
+
+def unfinished(path, pid):
+    """The name of a file while a process of this machine is writing it. It is of this process
+    alone: an orphan of a killed run may still be writing the same file, or a worker of a cluster
+    that was taken for lost."""
+    path, machine = Path(path), crc32(platform.node().encode())
+    return path.with_name(f"{path.name}.unfinished-{pid}-{machine}")
 
 
 @contextmanager
@@ -17,8 +27,7 @@ def whole_file(path, mode="wb", **options):
         DiskFullError: the incomplete file is removed.
     """
     path = Path(path)
-    # of this process alone: an orphan of a killed run may still be writing the same file
-    part = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+    part = unfinished(path, os.getpid())
     try:
         with disk_space_for(path):
             with open(part, mode, **options) as handle:

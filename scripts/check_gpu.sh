@@ -13,6 +13,7 @@
 #   block-grouped_mm  speed and memory of a block with either backend of the experts
 #   block-loop
 #   train             speed and memory of training steps, all rows of Table 1
+#   options           the same with options that save time or memory
 #   generate          speed of beam search in half precision
 #   batch             the largest --max-tokens
 #   m15               100 updates of the M15 model
@@ -39,7 +40,7 @@ if [[ ${1:-} == --device ]]; then
     device=${2:-}
     shift 2
 fi
-steps=(doctor tests block-grouped_mm block-loop train generate batch m15 m4)
+steps=(doctor tests block-grouped_mm block-loop train options generate batch m15 m4)
 : "${PYTHON:=python}"
 export PYTHON
 if [[ ! $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
@@ -112,6 +113,8 @@ for backend in grouped_mm loop; do
         --to "$out/block-$backend"
 done
 step train 12 "$PYTHON" scripts/bench_train.py "${small[@]}" "${rows[@]}" --to "$out/train"
+step options 8 "$PYTHON" scripts/bench_train.py "${small[@]}" --rows smoe-2-2-2-2 \
+    --options "--chunked-loss 1024" "--optimizer fused_adam" --to "$out/options"
 step generate 8 "$PYTHON" scripts/bench_generate.py "${small[@]}" --to "$out/generate" \
     --rows vanilla-moe smoe-4-4 smoe-2-2-2-2
 step batch 6 "$PYTHON" scripts/largest_batch.py "${batch[@]}" --to "$out/batch"

@@ -18,6 +18,7 @@ TABLES = {
     "block-grouped_mm": "A block, experts multiplied by grouped_mm",
     "block-loop": "A block, experts multiplied one by one",
     "train": "Training steps",
+    "options": "Training steps with options",
     "generate": "Beam search",
     "batch": "The largest batch",
     "m15": "M15",

@@ -125,7 +125,7 @@ def is_of_torch(path):
     Raises:
         CheckpointError: the file cannot be read.
     """
-    if re.search(r"\.unfinished-\d+$", str(path)) or _start(path) != _ZIP_START:
+    if re.search(r"\.unfinished-[\d-]+$", str(path)) or _start(path) != _ZIP_START:
         return False
     try:
         with zipfile.ZipFile(path) as archive:

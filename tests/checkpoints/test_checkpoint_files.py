@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_task import REPOSITORY, environment, run
 
+from fairseq_smoe import files as whole_files
 from fairseq_smoe.checkpoints import choice, files, parts, transform
 from fairseq_smoe.checkpoints.parts import Parted, read_checkpoint
 from fairseq_smoe.errors import CheckpointError, OptionError
@@ -274,7 +275,7 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path):
     command = [sys.executable, "-c", WRITE_AND_WRITE, str(path)]
     writer = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE)
     writer.stdout.readline()
-    unfinished = tmp_path / f"{path.name}.unfinished-{writer.pid}"
+    unfinished = whole_files.unfinished(path, writer.pid)
     deadline = time.monotonic() + 60
     while not in_the_middle(unfinished):
         # nothing changes any more between the look at the file and the end

@@ -17,7 +17,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from prepared_folder import contents, run, words, write_text
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.files import only_process_in, whole_file
+from fairseq_smoe.files import only_process_in, unfinished, whole_file
 from fairseq_smoe.preparation.options import STEPS
 
 
@@ -279,7 +279,7 @@ def test_one_process_at_a_time(text, tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
-    part = tmp_path / f"file.unfinished-{os.getpid()}"
+    part = unfinished(tmp_path / "file", os.getpid())
     part.symlink_to("/dev/full")  # every write to it fails for lack of space
     with pytest.raises(OptionError, match="file: the disk is full; free some space and run"):
         with whole_file(tmp_path / "file") as handle:

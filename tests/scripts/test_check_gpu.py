@@ -8,7 +8,8 @@ import pytest
 import toy_task
 
 PAIRS = ("eng-nso", "eng-msa", "eng-tgl", "eng-cat")
-STEPS = ("doctor", "tests", "block-grouped_mm", "block-loop", "train", "generate", "batch", "m15")
+BLOCKS = ("block-grouped_mm", "block-loop")
+STEPS = ("doctor", "tests", *BLOCKS, "train", "options", "generate", "batch", "m15")
 # one of the tests for GPUs: the others are tried by hand, see docs/gpu.md
 FEW_TESTS = "-n 0 -k recomputation"
 
