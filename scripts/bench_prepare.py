@@ -29,12 +29,15 @@ from fairseq_smoe.text_table import aligned
 PAIR = ("de", "en")
 BLOCK = 100_000  # sentences that are made once, and differ by a number at their end afterwards
 WORDS = 30_000
-REPEATED = 0.05  # of the lines
 IN_ONE_PROCESS = ("fetch", "sentencepiece", "report")
 
 
-def write_text(folder, pairs, seed=1):
-    """Sentences of 3 to 30 words, a twentieth of which are repeated."""
+def write_text(folder, pairs, repeated=0, seed=1):
+    """Sentences of 3 to 30 words.
+
+    Args:
+        repeated: share of lines that are equal to an earlier one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     words = {
@@ -57,10 +60,10 @@ def write_text(folder, pairs, seed=1):
     for start in tqdm(range(0, pairs, BLOCK), desc="write text", unit="block"):
         number = min(BLOCK, pairs - start)
         marks = np.arange(start, start + number)
-        repeated = rng.random(number) < REPEATED
-        marks[repeated] = marks[repeated] // 2  # those of earlier lines of the same place
+        again = rng.random(number) < repeated
+        marks[again] //= 2
         for lang, file in zip(PAIR, files):
-            file.writelines(f"{s} {m}\n" for s, m in zip(sentences[lang], marks.tolist()))
+            file.writelines(f"{sentences[lang][m % BLOCK]} {m}\n" for m in marks.tolist())
     for file in files:
         file.close()
 
@@ -120,7 +123,7 @@ def measure(args):
     """A dict for each step."""
     text, target = args.work / "text", args.work / "data"
     if not (text / "train.de-en.en").exists():
-        write_text(text, args.pairs)
+        write_text(text, args.pairs, args.repeated)
     results = []
     for step in args.steps:
         command = [sys.executable, "-m", "fairseq_smoe", "prepare", "--from", text, "--to", target]
@@ -197,6 +200,7 @@ def main():
     add("--pairs", type=int, default=20_000_000, help="pairs of lines (default: %(default)s)")
     add("--workers", type=int, default=2, help="processes (default: %(default)s)")
     add("--lines-per-shard", type=int, default=5_000_000, help="(default: %(default)s)")
+    add("--repeated", type=float, default=0, help="share of repeated lines (default: %(default)s)")
     add("--steps", nargs="+", choices=STEPS, default=STEPS, help="(default: all)")
     add("--work", type=Path, metavar="DIR", help="folder for text and data")
     add("--to", type=Path, metavar="DIR", help="write results.json and table.md there")

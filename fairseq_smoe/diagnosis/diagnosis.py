@@ -6,6 +6,7 @@ import torch
 
 from fairseq_smoe.diagnosis import machine
 from fairseq_smoe.diagnosis.software import installed_software
+from fairseq_smoe.preparation.pool import available_cores
 from fairseq_smoe.text_table import aligned
 
 LITTLE_DISK = 5  # GiB; a checkpoint of the paper's M4 models has 2
@@ -46,7 +47,7 @@ def examine(folder):
     software, gpus = installed_software(), machine.gpus()
     facts = {
         "processor": machine.processor(),
-        "cores": machine.cores(),
+        "cores": available_cores(),
         "memory": machine.free_memory(),
         "disk": machine.free_disk(folder),
         "folder": str(folder),

@@ -121,11 +121,6 @@ def processor():
     return names[0] if names else os.uname().machine
 
 
-def cores():
-    """Number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def free_memory():
     """GiB that this process can still get, also by the limit of its container; None if unknown."""
     meminfo = Path("/proc/meminfo")

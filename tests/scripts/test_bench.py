@@ -106,3 +106,31 @@ def test_contrast(trained, data, tmp_path):
     for r in report["results"]:
         assert 0.3 < r["time"] < 5 and 0.9 < r["tokens"] < 1.1
     assert (tmp_path / "table.md").read_text() in outcome.stdout
+
+
+def test_prepare(tmp_path):
+    script = SCRIPTS / "bench_prepare.py"
+    words = ("--pairs", 2500, "--workers", 1, "--steps", "fetch", "verify", "clean")
+    words += (
+        "--repeated",
+        0.1,
+        "--piece-lines",
+        100,
+        "--work",
+        tmp_path / "large",
+        "--to",
+        tmp_path,
+    )
+    outcome = toy_task.run("python", script, *words)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [r["step"] for r in report["results"]] == ["fetch", "verify", "clean"]
+    assert all(10 < r["own_mib"] <= r["all_mib"] < 1000 for r in report["results"])
+    cleaned = json.loads((tmp_path / "large/data/work/clean/cleaned.json").read_text())
+    assert cleaned["de-en"]["train"]["duplicate"]["lines"] > 100
+    assert (tmp_path / "table.md").read_text() in outcome.stdout
+    more = ("--from", tmp_path, "--pairs", 250_000, "--workers", 4)
+    lines = toy_task.run("python", script, *more).stdout.splitlines()
+    assert lines[0].startswith("| 250,000 pairs, 4 workers ")
+    seconds = report["results"][2]["seconds"] * 100 / 4
+    expected = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    assert lines[-1].split("|")[2].strip() == expected
