@@ -8,7 +8,8 @@ thread each under torchrun, and checks that the files are the same. Prints Markd
 
 * seconds of the command, from its start to its end;
 * seconds of translating, without the start;
-* CPU seconds of the busiest process: what the command would take on idle cores.
+* CPU seconds of the busiest process: what the command would take on idle cores;
+* the same without the start, which is that of a command that has nothing left to translate.
 """
 
 import argparse
@@ -22,9 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_start import COMMANDS, write_corpus
+from bench_many_pairs import COMMANDS, write_corpus
 
-# runs the command; notes how much processor time it took, and how much of it before translating
+# runs the command; notes how much processor time it took
 PROCESS = """
 import os, sys, time
 from pathlib import Path
@@ -88,8 +89,20 @@ def make_model(args, folder):
 
 
 def measure(args, folder, ranks):
-    """``{"seconds", "translating", "cpu_seconds"}``"""
+    """``{"seconds", "translating", "cpu_seconds", "cpu_translating"}``"""
     shutil.rmtree(folder / "run" / "evaluation", ignore_errors=True)
+    seconds, cpu = evaluate(args, folder, ranks)
+    facts = [json.loads(path.read_text()) for path in test_folder(folder).glob("*-*.json")]
+    return {
+        "seconds": seconds,
+        "translating": sum(each["seconds"] for each in facts) / ranks,
+        "cpu_seconds": cpu,
+        "cpu_translating": cpu - evaluate(args, folder, 1)[1],
+    }
+
+
+def evaluate(args, folder, ranks):
+    """Seconds of the command, and CPU seconds of its busiest process."""
     times = folder / "times"
     shutil.rmtree(times, ignore_errors=True)
     times.mkdir()
@@ -105,12 +118,7 @@ def measure(args, folder, ranks):
     started = time.monotonic()
     run(*command)
     seconds = time.monotonic() - started
-    facts = [json.loads(path.read_text()) for path in test_folder(folder).glob("*-*.json")]
-    return {
-        "seconds": seconds,
-        "translating": sum(each["seconds"] for each in facts) / ranks,
-        "cpu_seconds": max(float(path.read_text()) for path in times.iterdir()),
-    }
+    return seconds, max(float(path.read_text()) for path in times.iterdir())
 
 
 def translations(folder):
@@ -138,8 +146,8 @@ def print_table(results, args):
         f"{args.sentences:,} sentences, {args.directions} directions, medians of {args.rounds} "
         "alternating rounds.\n"
     )
-    print("| | seconds | translating | of CPU, busiest process |")
-    print("|---|---:|---:|---:|")
+    print("| | seconds | translating | CPU seconds, busiest process | translating |")
+    print("|---|---:|---:|---:|---:|")
     for name, runs in results.items():
         middle = [statistics.median(each[what] for each in runs) for what in runs[0]]
         print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in middle) + " |")

@@ -4,7 +4,9 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import time
 
@@ -100,3 +102,18 @@ def test_shares_are_equal_and_complete():
             assert max(loads) < 1.2 * sum(loads) / ranks
             for share in shares:
                 assert [job for job, _ in share] == sorted(job for job, _ in share)
+
+
+def test_a_rank_that_cannot_see_the_folder_is_named(run):
+    """A machine whose folder is another one, as on a file system that is not shared."""
+    folder = run / "evaluation"
+    folder.mkdir()
+    hidden = ("unshare", "-m", "bash", "-c", f'mount -t tmpfs none {folder} && exec "$@"', "-")
+    if subprocess.run([*hidden, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    words = command(run, 2)
+    tool = words.index("--") + 1
+    script = f'[[ $RANK == 1 ]] && exec {shlex.join(hidden)} "$@"; exec "$@"'
+    outcome = toy_task.run(*words[:tool], "bash", "-c", script, "-", *words[tool:], check=False)
+    (line,) = re.findall("^error: .*", outcome.stderr, re.MULTILINE)
+    assert f"{folder}/test/parts" in line and f"rank 1 ({socket.gethostname()}) cannot see" in line

@@ -42,7 +42,7 @@ def test_a_killed_rank_is_made_up_for_by_the_same_command(spoken, generated, tmp
         process.communicate()
     assert process.returncode and not output.exists()
     assert 0 < part.read_text().count("\n") < len(own.lines * 20)
-    outcome = toy_task.run(*command(spoken, 3, *words))
+    outcome = toy_task.run(*command(spoken, 2, *words))
     assert "goes on behind line" in outcome.stderr
     assert output.read_text().splitlines() == own.lines * 20
     assert not parts.exists() and not part.exists()

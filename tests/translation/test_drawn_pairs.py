@@ -145,7 +145,7 @@ def test_20_million_pairs_in_200_directions_start_in_1_gib(tmp_path):
     """Beyond what a training of a few sentences takes, mapped files included."""
     results = tmp_path / "results.json"
     words = ("--pairs", "100", "--sentences", "20000000", "--json", results, "--folder", tmp_path)
-    script = toy_task.REPOSITORY / "scripts" / "bench_start.py"
+    script = toy_task.REPOSITORY / "scripts" / "bench_many_pairs.py"
     subprocess.run([sys.executable, script, *words], check=True, env=toy_task.environment())
     small, large = (json.loads(results.read_text())[name][0] for name in ("small", "large"))
     assert large["resident_mib"] - small["resident_mib"] < 1024

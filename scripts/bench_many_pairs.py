@@ -1,6 +1,6 @@
 """How fast a training on many directions starts, and in how much memory.
 
-    python scripts/bench_start.py --pairs 100 --sentences 20000000
+    python scripts/bench_many_pairs.py --pairs 100 --sentences 20000000
 
 Makes a corpus of sentence pairs in --pairs language pairs, each trained in both directions, and one
 of a few sentences in the same directions. Runs the first two updates of ``fairseq-train`` on both,
