@@ -1,10 +1,11 @@
-"""Functions run in several processes that talk to each other by gloo."""
+"""Functions run in several processes that talk to each other by gloo, and those of torchrun."""
 
 import multiprocessing
 import os
 import tempfile
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,3 +41,19 @@ def _run(rank, function, world_size, store, args):
         traceback.print_exc()
         raise
     dist.destroy_process_group()
+
+
+def ranks_of(torchrun):
+    """``{local rank: process id}`` of the processes that a ``torchrun`` has started."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = dict(
+                v.split("=", 1) for v in path.read_bytes().decode().split("\0") if "=" in v
+            )
+            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == torchrun and "LOCAL_RANK" in variables:
+            found[int(variables["LOCAL_RANK"])] = int(path.parent.name)
+    return found

@@ -15,6 +15,7 @@ from fairseq_smoe.benchmarks.runs import (
 )
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.defaults import CPU_TOKENS, GPU_TOKENS, MOST_CPU_PROCESSES
+from fairseq_smoe.evaluation.ranks import END, Ranks
 from fairseq_smoe.evaluation.scoring import add_scoring_options
 from fairseq_smoe.translation.contrast_options import ContrastOptions, add_contrast_options
 
@@ -96,18 +97,43 @@ def _dictionary(text):
 def run(args):
     # check the options before fairseq is imported, which takes seconds
     ContrastOptions.of(args).check()
-    training = find_training(args)
-    checkpoint = find_checkpoint(args, training)
     if args.fp16 and args.cpu:
         raise OptionError("--fp16: is for GPUs; leave out --cpu or --fp16")
+    with Ranks.of_torchrun() as ranks:
+        try:
+            if ranks is None or ranks.is_first:
+                _evaluate(args, ranks)
+            else:
+                _help(args, ranks)
+        except KeyboardInterrupt:
+            # fairseq's incomplete datasets would complain when they are destroyed
+            sys.unraisablehook = lambda unraisable: None
+            raise
+
+
+def _evaluate(args, ranks):
+    if ranks is not None and args.processes:
+        raise OptionError(
+            f"--processes {args.processes}: torchrun starts the processes; leave it out"
+        )
+    training = find_training(args)
+    checkpoint = find_checkpoint(args, training)
     from fairseq_smoe.evaluation import set_up_fairseq
 
     set_up_fairseq()
     from fairseq_smoe.evaluation.command import evaluate
 
-    try:
-        evaluate(args, training, checkpoint)
-    except KeyboardInterrupt:
-        # fairseq's incomplete datasets would complain when they are destroyed
-        sys.unraisablehook = lambda unraisable: None
-        raise
+    evaluate(args, training, checkpoint, ranks)
+
+
+def _help(args, ranks):
+    """What the ranks behind the first do, whose mistakes the first one tells."""
+    from fairseq_smoe.evaluation import set_up_fairseq
+
+    set_up_fairseq()
+    from fairseq_smoe.evaluation.command import help_to_evaluate
+
+    ranks.see_folder()
+    training = find_training(args)
+    help_to_evaluate(args, training, find_checkpoint(args, training), ranks)
+    ranks.ask(END)

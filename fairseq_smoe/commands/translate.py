@@ -5,7 +5,9 @@ from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation.defaults import CPU_TOKENS, MOST_CPU_PROCESSES
+from fairseq_smoe.evaluation.ranks import END, Ranks
 from fairseq_smoe.inference.line_files import FORMATS, INVALID_UTF8, Job, translate_lines
+from fairseq_smoe.inference.line_ranks import translate_lines_on_ranks
 from fairseq_smoe.inference.loading import add_loading_options
 from fairseq_smoe.inference.long_text import LONG_TEXT
 
@@ -90,31 +92,54 @@ def search_options(args):
 def run(args):
     from fairseq_smoe import Translator
 
-    processes = args.processes
-    if processes is None:
-        cores = min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
-        processes = cores if args.device == "cpu" else 1
-    for flag, value in (("--processes", processes), ("--chunk", args.chunk)):
-        if value < 1:
-            raise OptionError(f"{flag} {value}: expected 1 or more")
-    if processes > 1 and args.device != "cpu":
-        raise OptionError(f"--processes {processes} with --device {args.device}: expected 1")
-    job = Job(
-        args.source,
-        args.target,
-        {**search_options(args), "max_tokens": args.max_tokens},
-        args.format,
-        args.invalid_utf8,
-        args.chunk,
-    )
-
-    def make_translator():
-        # a thread pool that exists before a fork does not work in the child
-        threads = 1 if processes > 1 else None
-        translator = Translator.load(
-            args.model, args.data, args.device, threads=threads, dtype=args.dtype
+    with Ranks.of_torchrun() as ranks:
+        device, processes = args.device, args.processes
+        if ranks is not None:
+            device, processes = _of_rank(args, ranks), 1
+        elif processes is None:
+            cores = min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
+            processes = cores if device == "cpu" else 1
+        for flag, value in (("--processes", processes), ("--chunk", args.chunk)):
+            if value < 1:
+                raise OptionError(f"{flag} {value}: expected 1 or more")
+        if processes > 1 and device != "cpu":
+            raise OptionError(f"--processes {processes} with --device {device}: expected 1")
+        job = Job(
+            args.source,
+            args.target,
+            {**search_options(args), "max_tokens": args.max_tokens},
+            args.format,
+            args.invalid_utf8,
+            args.chunk,
         )
-        translator.check(args.source, args.target, **job.options)
-        return translator
 
-    translate_lines(make_translator, job, args.input, args.output, processes)
+        def make_translator():
+            # a thread pool that exists before a fork does not work in the child
+            threads = 1 if processes > 1 else None
+            translator = Translator.load(
+                args.model, args.data, device, threads=threads, dtype=args.dtype
+            )
+            translator.check(args.source, args.target, **job.options)
+            return translator
+
+        if ranks is None:
+            translate_lines(make_translator, job, args.input, args.output, processes)
+        else:
+            translate_lines_on_ranks(ranks, make_translator, job, args.input, args.output)
+            if not ranks.is_first:
+                ranks.ask(END)
+
+
+def _of_rank(args, ranks):
+    """The device of this rank."""
+    if args.processes:
+        raise OptionError(
+            f"--processes {args.processes}: torchrun starts the processes; leave it out"
+        )
+    if args.device == "cpu":
+        return args.device
+    if args.device != "cuda":
+        raise OptionError(f"--device {args.device}: each rank has its own; give cuda or cpu")
+    import torch
+
+    return str(ranks.gpu(torch.cuda.device_count(), "--device cpu"))

@@ -5,6 +5,25 @@ import torch
 from fairseq_smoe.errors import OptionError
 
 
+def in_batches(sizes, tokens):
+    """Batches of similar length, the longest sentences first.
+
+    Args:
+        sizes: source tokens of every sentence.
+        tokens: of a batch at most, padding included; a longer sentence is a batch of its own.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    done = 0
+    while done < len(order):
+        batch = _batch_from(done, order, sizes, tokens)
+        yield batch
+        done += len(batch)
+
+
+def _batch_from(done, order, sizes, tokens):
+    return order[done : done + max(1, tokens // sizes[order[done]])]
+
+
 class TokenBudget:
     """Size of batches: source tokens, padding included.
 
@@ -30,7 +49,7 @@ class TokenBudget:
         done = 0
         while done < len(order):
             longest = sizes[order[done]]
-            batch = order[done : done + max(1, self.tokens // longest)]
+            batch = _batch_from(done, order, sizes, self.tokens)
             try:
                 process(batch)
                 done += len(batch)

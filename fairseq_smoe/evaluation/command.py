@@ -1,5 +1,6 @@
 """The steps of ``python -m fairseq_smoe evaluate``. ``set_up_fairseq`` has to be called before."""
 
+import json
 import os
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +18,7 @@ from fairseq_smoe.evaluation import set_up_fairseq
 from fairseq_smoe.evaluation.batches import TokenBudget
 from fairseq_smoe.evaluation.defaults import CPU_TOKENS, GPU_TOKENS, MOST_CPU_PROCESSES
 from fairseq_smoe.evaluation.folder import EvaluationFolder
+from fairseq_smoe.evaluation.on_ranks import help_the_first, translate_on_ranks
 from fairseq_smoe.evaluation.row_check import check_row
 from fairseq_smoe.evaluation.saved_model import (
     identify,
@@ -29,16 +31,21 @@ from fairseq_smoe.evaluation.test_set import find_test_sets
 from fairseq_smoe.evaluation.translator import Settings, Translator
 from fairseq_smoe.evaluation.workers import translate_in_turn, translate_side_by_side
 
+DIRECTIONS = "directions"  # what the first rank tells the others before it loads the model
+PARTS = "parts"  # folder of what ranks have translated so far
 
-def evaluate(args, training, checkpoint):
+
+def evaluate(args, training, checkpoint, ranks=None):
     """Translate what is not translated yet, then score.
 
     Args:
         args: options of ``fairseq_smoe.commands.evaluate``.
         training: :class:`~fairseq_smoe.benchmarks.runs.Run`
         checkpoint: the file.
+        ranks: :class:`~fairseq_smoe.evaluation.ranks.Ranks` to share the work, of which this is the
+            first; None for this process and those that it starts.
     """
-    devices = _devices(args)
+    devices = _devices(args, ranks)
     benchmark = benchmarks.load(args.benchmark) if args.benchmark else training.benchmark
     saved = read_saved_model(
         checkpoint, args.data or training.facts.get("data"), args.model_overrides
@@ -76,12 +83,21 @@ def evaluate(args, training, checkpoint):
         waiting = [t for t in test_sets if not folders[t.subset].is_done(t, sentences[t])]
         for test_set in waiting:
             folders[test_set.subset].forget(test_set.direction)
+        if ranks is not None:
+            ranks.show_folder(folders[subsets[0]].path / PARTS)
+            ranks.tell(DIRECTIONS, json.dumps(directions))
         model, task = saved.build(directions)
         facts = {"model": _model_facts(model, saved), "cleaning": _cleaning(args, training, data)}
-        tokens = args.max_tokens or (CPU_TOKENS if devices[0].type == "cpu" else GPU_TOKENS)
+        tokens = _tokens(args, devices[0])
         if len(devices) == 1:
             translator = Translator(model, task, settings, devices[0], TokenBudget(tokens))
             translate = partial(translate_in_turn, translator)
+            if ranks is not None:
+                keys = {
+                    (t.direction, t.subset): json.dumps([origin, t.fingerprint()]) for t in waiting
+                }
+                parts = {subset: folder.path / PARTS for subset, folder in folders.items()}
+                translate = partial(translate_on_ranks, ranks, translator, parts, keys)
         else:
             translate = _side_by_side(model, task, settings, devices, tokens, saved, directions)
         _translate(translate, waiting, sentences, folders)
@@ -92,6 +108,26 @@ def evaluate(args, training, checkpoint):
                 print(f"\n{scores['name']}, {subset}; {about}\n\n{score_table(scores)}")
 
 
+def help_to_evaluate(args, training, checkpoint, ranks):
+    """What the ranks behind the first do: translate their shares."""
+    (device,) = _devices(args, ranks)
+    directions = json.loads(ranks.ask(DIRECTIONS))
+    translator = load_translator(
+        checkpoint,
+        args.data or training.facts.get("data"),
+        args.model_overrides,
+        directions,
+        Settings.of(args),
+        device,
+        _tokens(args, device),
+    )
+    help_the_first(ranks, translator)
+
+
+def _tokens(args, device):
+    return args.max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+
+
 def load_translator(checkpoint, data, overrides, directions, settings, device, tokens):
     """A :class:`Translator` in a new process."""
     set_up_fairseq()
@@ -99,18 +135,21 @@ def load_translator(checkpoint, data, overrides, directions, settings, device, t
     return Translator(model, task, settings, device, TokenBudget(tokens))
 
 
-def _devices(args):
-    """A device for every process. Without GPUs, several processes with few threads are faster than
-    one with many threads, because beam search consists of small steps.
+def _devices(args, ranks=None):
+    """A device for every process of this command. Without GPUs, several processes with few threads
+    are faster than one with many threads, because beam search consists of small steps.
 
     Raises:
-        OptionError: half precision without a GPU.
+        OptionError: half precision without a GPU, or fewer GPUs than ranks on this machine.
     """
     gpus = 0 if args.cpu else torch.cuda.device_count()
+    if ranks is not None and gpus:
+        return [ranks.gpu(gpus, "--cpu")]
     if not gpus:
         if args.fp16:
             raise OptionError("--fp16: needs a GPU, and none is in use; leave it out")
-        processes = args.processes or min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
+        processes = 1 if ranks is not None else args.processes
+        processes = processes or min(len(os.sched_getaffinity(0)), MOST_CPU_PROCESSES)
         if processes > 1:
             # a thread pool that exists before a fork does not work in the child
             torch.set_num_threads(1)

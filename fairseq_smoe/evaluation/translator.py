@@ -4,12 +4,14 @@ import time
 from argparse import Namespace
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 
 import torch
 from fairseq import utils
 
 from fairseq_smoe.evaluation.folder import say
 from fairseq_smoe.evaluation.lean_beam import make_lean
+from fairseq_smoe.evaluation.parts import Part
 from fairseq_smoe.evaluation.reordered import can_reorder, reorder
 from fairseq_smoe.translation.capacity_meter import CapacityMeter
 from fairseq_smoe.translation.contrast import ContrastModel
@@ -114,9 +116,42 @@ class DirectionMeter(CapacityMeter):
     def snapshot(self):
         return {name: [int(number) for number in sums] for name, sums in self.layers.items()}
 
+    def add(self, snapshot):
+        """Count what was counted elsewhere."""
+        for name, sums in self.layers.items():
+            sums[:] = [ours + theirs for ours, theirs in zip(sums, snapshot[name], strict=True)]
+
     def restore(self, snapshot):
         for name, sums in self.layers.items():
             sums[:] = snapshot[name]
+
+
+@dataclass(frozen=True)
+class OpenTestSet:
+    """The test set of one direction, whose overlong sentences are cut.
+
+    Attributes:
+        task: a :class:`DirectionTask`.
+        dataset: a :class:`~fairseq_smoe.translation.shortened.ShortenedDataset`.
+        direction, subset: ``"en-de"``, ``"test"``
+    """
+
+    task: DirectionTask
+    dataset: ShortenedDataset
+    direction: str
+    subset: str
+
+    @cached_property
+    def sizes(self):
+        """Source tokens of every sentence."""
+        return self.dataset.sizes[:, 0].tolist()
+
+    def warn(self):
+        """Name sentences that are cut."""
+        cut = self.dataset.shortened()
+        if len(cut):
+            where = f"{self.subset} {self.direction}, line {first_few(cut + 1)}"
+            say(f"warning: {describe_long(where, self.dataset.longest)}")
 
 
 class Translator:
@@ -156,24 +191,38 @@ class Translator:
         Raises:
             OptionError: a sentence does not fit into memory.
         """
+        test_set = self.open(direction, subset)
+        test_set.warn()
+        part = self.translate_some(test_set, range(len(test_set.sizes)), progress)
+        return self.join(test_set, [part])
+
+    def open(self, direction, subset):
+        """The :class:`OpenTestSet` of one direction."""
         task = DirectionTask(self.task, direction, self.meter)
         task.load_dataset(subset)
         longest = min(self.task.max_positions()[0], self.model.max_positions()[0])
-        dataset = ShortenedDataset(task.dataset(subset), longest)
-        sizes = dataset.sizes[:, 0].tolist()
-        cut = dataset.shortened()
-        if len(cut):
-            where = f"{subset} {direction}, line {first_few(cut + 1)}"
-            say(f"warning: {describe_long(where, longest)}")
+        return OpenTestSet(task, ShortenedDataset(task.dataset(subset), longest), direction, subset)
+
+    def translate_some(self, test_set, indices, progress):
+        """Translate some sentences of a test set.
+
+        Returns:
+            :class:`~fairseq_smoe.evaluation.parts.Part`
+
+        Raises:
+            OptionError: a sentence does not fit into memory.
+        """
+        task = test_set.task
         generator = task.build_generator([self.model], self.settings.namespace())
         ignored = generator.symbols_to_strip_from_output
-        hypotheses = [None] * len(dataset)
+        hypotheses = {}
         self.meter.start()
 
         def translate_batch(batch):
             counted = self.meter.snapshot()
             try:
-                best = self._search(task, generator, dataset, batch)
+                sentences = [indices[i] for i in batch]
+                best = self._search(task, generator, test_set.dataset, sentences)
             except torch.OutOfMemoryError:
                 self.meter.restore(counted)
                 raise
@@ -182,18 +231,28 @@ class Translator:
             progress(len(batch))
 
         started = time.perf_counter()
-        self.budget.for_each_batch(sizes, translate_batch)
+        self.budget.for_each_batch([test_set.sizes[i] for i in indices], translate_batch)
         seconds = time.perf_counter() - started
+        return Part(list(indices), [hypotheses[i] for i in indices], self.meter.snapshot(), seconds)
+
+    def join(self, test_set, parts):
+        """The :class:`Translation` of a test set, of parts that have all its sentences."""
+        task, dataset = test_set.task, test_set.dataset
+        hypotheses = {}
+        self.meter.start()
+        for part in parts:
+            hypotheses.update(zip(part.indices, part.hypotheses, strict=True))
+            self.meter.add(part.passes)
         samples = [dataset[i] for i in range(len(dataset))]
         special = self._language_tokens(task)
         capacity = self.meter.summary()
         del capacity["sentences"]
         return Translation(
-            hypotheses,
+            [hypotheses[i] for i in range(len(dataset))],
             [_pieces(task.target_dictionary, sample["target"], special) for sample in samples],
             [_pieces(task.source_dictionary, sample["source"], special) for sample in samples],
             capacity,
-            seconds,
+            sum(part.seconds for part in parts),
         )
 
     def _search(self, task, generator, dataset, batch):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -59,20 +60,15 @@ def translate_lines(make_translator, job, source, target, processes=1):
         OptionError: a file is missing, in the way, or no UTF-8 text.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(_input(source))
+        file = stack.enter_context(open_input(source))
         size = None if source is None else os.fstat(file.fileno()).st_size
-        output = stack.enter_context(_Output.open(target, source, job, size))
+        output = stack.enter_context(Output.open(target, source, job, size))
         bar = stack.enter_context(
             tqdm(total=size, desc="translate", unit="B", unit_scale=True, file=sys.stderr)
         )
-        lines = _Lines(file, source or "standard input", job.invalid_utf8)
-        for _ in islice(lines, output.done):
-            pass
+        lines = Lines(file, source or "standard input", job.invalid_utf8)
+        output.skip_done(lines)
         bar.update(lines.bytes_read)
-        if lines.number < output.done:
-            raise OptionError(
-                f"{output.part}: has more lines than {source}; remove it to start anew"
-            )
         run = stack.enter_context(_runner(make_translator, job, processes))
         before = lines.bytes_read
         for written, bytes_read in _in_order(run, lines.chunks(job.chunk), processes * AHEAD):
@@ -82,8 +78,16 @@ def translate_lines(make_translator, job, source, target, processes=1):
         output.finish()
 
 
-class _Lines:
-    """The lines of a file, without line ends and byte order mark."""
+class BadLineError(OptionError):
+    """A line is no UTF-8 text: names file and line."""
+
+
+class Lines:
+    """The lines of a file, without line ends and byte order mark.
+
+    Attributes:
+        number, bytes_read: lines and bytes so far.
+    """
 
     def __init__(self, file, name, invalid_utf8):
         self._file, self._name, self._invalid = file, name, invalid_utf8
@@ -104,7 +108,7 @@ class _Lines:
         try:
             return line.decode("utf-8", "replace" if self._invalid == "replace" else "strict")
         except UnicodeDecodeError as error:
-            raise OptionError(
+            raise BadLineError(
                 f"{self._name}, line {self.number}: is no UTF-8 text ({error.reason}); repair it, "
                 "or give --invalid-utf8 replace"
             ) from None
@@ -116,7 +120,12 @@ class _Lines:
 
 
 @contextmanager
-def _input(path):
+def open_input(path):
+    """The file, or standard input for None.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
     if path is None:
         yield sys.stdin.buffer
         return
@@ -128,7 +137,7 @@ def _input(path):
         yield file
 
 
-class _Output:
+class Output:
     """Translated lines, written to PATH.part until all are there.
 
     Attributes:
@@ -141,6 +150,11 @@ class _Output:
     @property
     def part(self):
         return Path(f"{self._path}.part")
+
+    @property
+    def parts(self):
+        """Folder of what ranks have translated of the lines behind those in the part."""
+        return Path(f"{self._path}.parts")
 
     @property
     def facts(self):
@@ -156,7 +170,7 @@ class _Output:
         output = cls(None, Path(path))
         if output._path.exists():
             raise OptionError(f"--output {path}: exists; give another name, or remove it")
-        wanted = None if source is None else _fingerprint(source, job, size)
+        wanted = None if source is None else fingerprint(source, job, size)
         try:
             known = json.loads(output.facts.read_text())
         except (FileNotFoundError, ValueError):
@@ -164,6 +178,7 @@ class _Output:
         goes_on = known is not None and known == wanted and output.part.exists()
         try:
             if not goes_on:
+                shutil.rmtree(output.parts, ignore_errors=True)
                 output.part.write_bytes(b"")
                 write_whole(output.facts, json.dumps(wanted))
             output._file = open(output.part, "r+b")
@@ -174,6 +189,19 @@ class _Output:
             if output.done:
                 print(f"goes on behind line {output.done:,} of {output.part}", file=sys.stderr)
             yield output
+
+    def skip_done(self, lines):
+        """Skip the :class:`Lines` that are done.
+
+        Raises:
+            OptionError: there are fewer.
+        """
+        for _ in islice(lines, self.done):
+            pass
+        if lines.number < self.done:
+            raise OptionError(
+                f"{self.part}: has more lines than the input; remove it to start anew"
+            )
 
     def _find_end(self):
         """Go behind the last whole line."""
@@ -188,8 +216,12 @@ class _Output:
         self._file.truncate()
 
     def write(self, lines):
+        self.append("".join(f"{line}\n" for line in lines).encode())
+
+    def append(self, content):
+        """Write bytes, whole lines."""
         with disk_space_for(self._path or "standard output"):
-            self._file.write("".join(f"{line}\n" for line in lines).encode())
+            self._file.write(content)
             self._file.flush()
 
     def finish(self):
@@ -197,9 +229,10 @@ class _Output:
             os.fsync(self._file.fileno())
             os.replace(self.part, self._path)
             self.facts.unlink()
+            shutil.rmtree(self.parts, ignore_errors=True)
 
 
-def _fingerprint(source, job, size):
+def fingerprint(source, job, size):
     """What has to be the same for a command to go on with another's output."""
     with open(source, "rb") as file:
         start = hashlib.sha256(file.read(1 << 20)).hexdigest()
@@ -220,7 +253,7 @@ def _runner(make_translator, job, processes):
 
         def run(lines):
             future = Future()
-            future.set_result(_translate(translator, job, lines))
+            future.set_result(translate_block(translator, job, lines))
             return future
 
         yield run
@@ -244,10 +277,11 @@ def _runner(make_translator, job, processes):
 
 
 def _translate_in_worker(job, lines):
-    return _translate(_translator, job, lines)
+    return translate_block(_translator, job, lines)
 
 
-def _translate(translator, job, lines):
+def translate_block(translator, job, lines):
+    """The lines of the output for some of the input."""
     found = translator.translate(lines, job.source, job.target, **job.options)
     return [_line(job, text, translated) for text, translated in zip(lines, found, strict=True)]
 

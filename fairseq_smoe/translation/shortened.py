@@ -45,6 +45,7 @@ class ShortenedDataset(BaseWrapperDataset):
             model has no use.
 
     Attributes:
+        longest: as given.
         has_target: whether the sentences have a target side.
         original_sizes: (N, 2) int64, tokens of source and target; 0 without a target.
     """
@@ -56,6 +57,7 @@ class ShortenedDataset(BaseWrapperDataset):
         if not self.has_target:
             sizes = np.stack([sizes, np.zeros_like(sizes)], 1)
         self.original_sizes = sizes
+        self.longest = longest
         self._longest = longest, longest_target or np.iinfo(np.int64).max
         self._sizes = np.minimum(sizes, self._longest)
         # a target that is only printed takes no room in a batch, however long it is

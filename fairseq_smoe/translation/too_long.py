@@ -1,6 +1,7 @@
 """Sentences that are longer than a training takes: left out and named."""
 
 import logging
+from heapq import nsmallest
 
 import torch.distributed as dist
 from fairseq.data import ConcatDataset
@@ -44,12 +45,12 @@ class TooLong:
         if not len(kept):
             raise OptionError(f"{split}: all {len(indices)} sentences are {limit}")
         # in the order of the text, which is the same when a training set is drawn anew
-        places = sorted((self._place(dataset, index), index) for index in too_long)
+        places = nsmallest(NAMED, ((self._place(dataset, index), index) for index in too_long))
         names = [
             f"{direction} sentence {position} ({{}} source, {{}} target tokens)".format(
                 *dataset.size(index)
             ).strip()
-            for (direction, position), index in places[:NAMED]
+            for (direction, position), index in places
         ]
         more = f", and {len(too_long) - NAMED} more" if len(too_long) > NAMED else ""
         message = (

@@ -133,3 +133,64 @@ def test_at_its_end_as_well_as_at_the_limit_it_is_not_queued_again(job):
     process.send_signal(signal.SIGUSR1)
     assert process.wait(10) == 0
     assert (folder / "signals").exists() and not (folder / "queued").exists()
+
+
+# --------------------------------------------------------------------------------------
+# scripts/translate.slurm
+
+# does not go on behind a signal, and notes what it is to start
+WORK = """
+echo "$@" >"$FOLDER/arguments"
+touch "$FOLDER/started"
+for _ in $(seq 100); do sleep 0.05; [[ -e $FOLDER/finish ]] && exit "$(<"$FOLDER/finish")"; done
+"""
+
+
+@pytest.fixture
+def translation(tmp_path):
+    """The same for scripts/translate.slurm."""
+    for name, body in {**STAND_INS, "torchrun": WORK}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "preempted").write_text("None\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOLDER": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NNODES": "3",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SECONDS": "60",
+    }
+    script = SCRIPT.with_name("translate.slurm")
+    process = subprocess.Popen(
+        ["bash", script, "evaluate", "m4", "dense"], env=environment, start_new_session=True
+    )
+    wait_for(tmp_path / "started")
+    yield process, tmp_path
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_translation_is_queued_again_at_the_limit(translation):
+    process, folder = translation
+    words = (folder / "arguments").read_text().split()
+    assert words[:4] == ["--nnodes", "3", "--nproc-per-node", "2"]
+    assert words[-8:] == "--no-python -- python -m fairseq_smoe evaluate m4 dense".split()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(10) != 0
+    assert (folder / "queued").read_text() == "requeue 7\n"
+
+
+def test_a_translation_is_not_queued_again_when_cancelled(translation):
+    process, folder = translation
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) != 0 and not (folder / "queued").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_translation_is_not_queued_again_at_its_end(status, translation):
+    process, folder = translation
+    (folder / "finish").write_text(f"{status}\n")
+    assert process.wait(10) == status and not (folder / "queued").exists()
