@@ -2,7 +2,8 @@
 
     python scripts/bench_eval_ranks.py --sentences 2000 --directions 8 --ranks 2
 
-Makes test sets of made-up sentences with the lengths of real text, and an untrained SMoE model.
+Makes test sets of made-up sentences with the lengths of real text, and an untrained SMoE model,
+whose translations are as long as the longest source of their batch.
 Translates all of them in alternating rounds, in one process of one thread and on ranks of one
 thread each under torchrun, and checks that the files are the same. Prints Markdown with medians:
 
@@ -45,7 +46,7 @@ def main():
     add("--ranks", type=int, default=2, help="(default: %(default)s)")
     add("--width", type=int, default=256, help="of the model (default: %(default)s)")
     add("--layers", type=int, default=3, help="of encoder and decoder (default: %(default)s)")
-    add("--length", type=int, default=30, help="of translations (default: %(default)s)")
+    add("--tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
     add("--rounds", type=int, default=3, help="(default: %(default)s)")
     add("--folder", type=Path, help="for temporary files")
     add("--json", type=Path, metavar="FILE", help="keep all measurements in FILE")
@@ -108,7 +109,9 @@ def evaluate(args, folder, ranks):
     times.mkdir()
     command = [
         *("python", "-c", PROCESS, times, "evaluate", "--run", folder / "run", "--no-score"),
-        *("--data", folder / "data", "--cpu", "--max-len-b", args.length),
+        *("--data", folder / "data", "--cpu", "--max-tokens", args.tokens),
+        # an untrained model does not end its sentences
+        *("--max-len-a", 1, "--max-len-b", 0),
     ]
     if ranks == 1:
         command += ["--processes", 1]

@@ -6,10 +6,9 @@ import uuid
 from pathlib import Path
 
 from fairseq_smoe.evaluation.parts import PartFiles
+from fairseq_smoe.evaluation.ranks import PLAN, SHARE_DONE
 from fairseq_smoe.evaluation.shares import divide
 from fairseq_smoe.files import remove_unfinished, write_whole
-
-PLAN, SHARE_DONE = "plan", "share-done/{}"
 
 
 def translate_on_ranks(ranks, translator, folders, keys, jobs, progress):
@@ -39,7 +38,8 @@ def translate_on_ranks(ranks, translator, folders, keys, jobs, progress):
             for index in part.indices:
                 del sizes[index]
         missing[job] = sizes
-    shares = divide(missing, translator.budget.tokens, ranks.size)
+    whole = translator.settings.max_len_a != 0
+    shares = divide(missing, translator.budget.tokens, ranks.size, whole)
     plan = {
         "name": uuid.uuid4().hex[:12],
         "files": [[str(each.folder), each.direction, each.key] for each in files.values()],

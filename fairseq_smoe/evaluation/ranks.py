@@ -19,7 +19,10 @@ from fairseq_smoe.files import write_whole
 
 TICK = 1  # seconds between signs of life
 PATIENCE = 120  # seconds without one until a rank counts as lost
-END = "end"  # what the first rank tells when all is done
+# what ranks tell each other
+PLAN = "plan"  # how the first rank has divided the work
+SHARE_DONE = "share-done/{}"  # that this rank has written its share
+END = "end"  # that the first rank has done all that is left
 SAME_MISTAKE = 5  # seconds that the first rank has to meet it as well
 FILE_PATIENCE = 75  # seconds until a file of another machine has to be visible; NFS takes up to 60
 

@@ -7,7 +7,7 @@ from fairseq_smoe.evaluation.batches import in_batches
 UNITS = 4  # at least so many for each rank, so that the last ones to end are nearly equal
 
 
-def divide(sizes, tokens, ranks):
+def divide(sizes, tokens, ranks, whole_batches=False):
     """Shares of about as many tokens, with padding.
 
     Sentences of similar length of one test set are a unit, and are translated together: a batch as
@@ -17,6 +17,8 @@ def divide(sizes, tokens, ranks):
         sizes: ``{job: {index: source tokens}}`` of sentences to translate.
         tokens: source tokens of a batch, at most.
         ranks: their number.
+        whole_batches: never take equal parts of a batch. Has to be if translations depend on the
+            batch: with --max-len-a, fairseq's limit of their length is that of the batch.
 
     Returns:
         ``[[(job, indices), ...], ...]``, a list for each rank, in the order of the jobs.
@@ -32,6 +34,7 @@ def divide(sizes, tokens, ranks):
     units = []
     for longest, job, batch in batches:
         parts = min(len(batch), max(1, round(longest * len(batch) / most)))
+        parts = 1 if whole_batches else parts
         for i in range(parts):
             part = batch[len(batch) * i // parts : len(batch) * (i + 1) // parts]
             units.append((sizes[job][part[0]] * len(part), len(units), job, part))

@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fairseq_smoe.errors import OptionError
+from fairseq_smoe.evaluation.ranks import PLAN, SHARE_DONE
 from fairseq_smoe.files import remove_unfinished, whole_file
 from fairseq_smoe.inference.line_files import (
     BadLineError,
@@ -26,7 +27,6 @@ from fairseq_smoe.inference.line_files import (
     translate_block,
 )
 
-PLAN, SHARE_DONE = "plan", "share-done/{}"
 BLOCKS = 4  # at least so many for each rank, so that the last ones to end are nearly equal
 
 

@@ -17,6 +17,7 @@ from ranks import ranks_of
 from test_evaluate import make_run, read
 from toy_task import DIRECTIONS
 
+from fairseq_smoe.evaluation.batches import in_batches
 from fairseq_smoe.evaluation.shares import divide
 
 OPTIONS = ("--beam", "4", "--cpu", "--no-score", "--max-tokens", "40")
@@ -100,6 +101,10 @@ def test_shares_are_equal_and_complete():
                 for share in shares
             ]
             assert max(loads) < 1.2 * sum(loads) / ranks
+            whole = [part for share in divide(sizes, 500, ranks, True) for _, part in share]
+            assert sorted(whole) == sorted(
+                batch for own in sizes.values() for batch in in_batches(list(own.values()), 500)
+            )
             for share in shares:
                 assert [job for job, _ in share] == sorted(job for job, _ in share)
 
