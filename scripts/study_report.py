@@ -52,8 +52,10 @@ class Result:
         return float(found[0]["nll_loss"]) if found else None
 
     def experts(self, side):
-        """Experts that a token visits, on validation text after the last update."""
-        return float([x for x in self.losses if x["kind"] == "idev"][-1][f"{side}_experts"])
+        """Experts that a token visits, on validation text after the last update; None without
+        experts."""
+        found = [x for x in self.losses if x["kind"] == "idev"][-1][f"{side}_experts"]
+        return float(found) if found else None
 
     def draws(self, text):
         """BLEU on every draw of the bootstrap, mean of the directions."""
@@ -119,7 +121,7 @@ def main_table(*groups):
             [
                 *(title(row), ", ".join(map(str, sorted(seeds))), runs[0].training.lr),
                 *(f"{parameters / 1e6:.2f}M", f"{flops / 1e6:.2f}"),
-                *(told(mean(run.experts(s) for run in runs), 1) for s in ("encoder", "decoder")),
+                *(told(mean_of(run.experts(s) for run in runs), 1) for s in ("encoder", "decoder")),
                 *(told(mean_of(run.final(text) for run in runs)) for text in ("idev", "flores")),
                 *(
                     told(mean_of(run.scores.get(text, {}).get(metric) for run in runs), digits)
