@@ -73,9 +73,9 @@ if [[ $device == cuda ]]; then
     block=(--tokens 13000 64000 --experts 8 64 128 --experts-tokens 13000 --rounds 5)
 else
     on=(--cpu) rows=(--rows smoe-2-2-2-2)
-    small=(--cpu --scale tiny --tokens 200 --rounds 2)
-    batch=(--cpu --scale tiny --least 200 --most 400 --rounds 2)
-    block=(--cpu --strata 2-2 --tokens 64 --experts 2 4 --experts-tokens 64 --rounds 2)
+    small=(--cpu --threads 1 --scale tiny --tokens 200 --rounds 2)
+    batch=(--cpu --threads 1 --scale tiny --least 200 --most 400 --rounds 2)
+    block=(--cpu --threads 1 --strata 2-2 --tokens 64 --experts 2 4 --experts-tokens 64 --rounds 2)
     block+=(--embed-dim 32 --ffn-dim 64)
 fi
 
