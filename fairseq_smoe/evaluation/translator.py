@@ -2,9 +2,10 @@
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from fairseq import utils
@@ -134,12 +135,19 @@ class OpenTestSet:
         task: a :class:`DirectionTask`.
         dataset: a :class:`~fairseq_smoe.translation.shortened.ShortenedDataset`.
         direction, subset: ``"en-de"``, ``"test"``
+        make_generator: returns the generator.
     """
 
     task: DirectionTask
     dataset: ShortenedDataset
     direction: str
     subset: str
+    make_generator: Callable
+
+    @cached_property
+    def generator(self):
+        """Made when the first sentences are translated."""
+        return self.make_generator()
 
     @cached_property
     def sizes(self):
@@ -201,7 +209,9 @@ class Translator:
         task = DirectionTask(self.task, direction, self.meter)
         task.load_dataset(subset)
         longest = min(self.task.max_positions()[0], self.model.max_positions()[0])
-        return OpenTestSet(task, ShortenedDataset(task.dataset(subset), longest), direction, subset)
+        dataset = ShortenedDataset(task.dataset(subset), longest)
+        make_generator = partial(task.build_generator, [self.model], self.settings.namespace())
+        return OpenTestSet(task, dataset, direction, subset, make_generator)
 
     def translate_some(self, test_set, indices, progress):
         """Translate some sentences of a test set.
@@ -213,7 +223,7 @@ class Translator:
             OptionError: a sentence does not fit into memory.
         """
         task = test_set.task
-        generator = task.build_generator([self.model], self.settings.namespace())
+        generator = test_set.generator
         ignored = generator.symbols_to_strip_from_output
         hypotheses = {}
         self.meter.start()
