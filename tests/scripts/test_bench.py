@@ -9,9 +9,8 @@ import toy_task
 SCRIPTS = toy_task.REPOSITORY / "scripts"
 
 
-@pytest.mark.parametrize(
-    "script", ["bench_train", pytest.param("bench_generate", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_check_gpu.py runs them, too
+@pytest.mark.parametrize("script", ["bench_train", "bench_generate"])
 def test_rows_against_dense(script, tmp_path):
     words = ("--scale", "tiny", "--rows", "smoe-2-2-2-2", "dense", "--tokens", 200, "--rounds", 3)
     outcome = toy_task.run("python", SCRIPTS / f"{script}.py", *words, "--to", tmp_path, "--cpu")
