@@ -100,7 +100,8 @@ def measure(args, strata, tokens, progress):
         even_x = make_tokens(args, tokens // experts * experts)
         result["fairscale"] = times_as_long(ours, lambda: step(fairscale, even_x), few)
     for name, module in (("block", block), ("one-hot", one_hot)):
-        result[f"{name}_peak_mib"] = peak_memory(name, module, args, strata, tokens)
+        memory = None if args.no_memory else peak_memory(name, module, args, strata, tokens)
+        result[f"{name}_peak_mib"] = memory
     return result
 
 
@@ -181,11 +182,15 @@ def as_markdown(results, experts, args):
         )
         products = f"{r['products']:.2f}" if r["products"] else ""
         ours, theirs = r["block_peak_mib"], r["one-hot_peak_mib"]
-        ratio = "out of memory |" if theirs is None else f"{theirs} | {ours / max(theirs, 1):.2f}"
+        memory = f"{ours} | out of memory |"
+        if ours is None:
+            memory = " |  | "
+        elif theirs is not None:
+            memory = f"{ours} | {theirs} | {ours / max(theirs, 1):.2f}"
         lines.append(
             f"| {r['strata']} | {r['tokens']} | {r['mean_passes']} "
             f"| {efficiency} | {products} "
-            f"| {one_hot} | {fairscale} | {ours} | {ratio} |"
+            f"| {one_hot} | {fairscale} | {memory} |"
         )
     if experts:
         lines += ["", f"| experts, {args.experts_tokens} tokens | time (quartiles) |\n|---|---:|"]
@@ -229,6 +234,7 @@ def main():
     add("--ffn-dim", type=int, default=2048, help="(default: %(default)s)")
     add_common_options(parser, rounds=7)
     add("--backend", choices=BACKENDS, default="auto", help="of the experts (default: %(default)s)")
+    add("--no-memory", action="store_true", help="leave out the peak memory, which takes seconds")
     add("--systems", action="store_true", help="the systems of docs/systems.md, with 4096 tokens")
     add("--memory-of", choices=["block", "one-hot"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -70,13 +70,15 @@ mkdir -p "$out" "$work"
 
 if [[ $device == cuda ]]; then
     on=() small=() batch=() rows=()
+    options=("--chunked-loss 1024" "--optimizer fused_adam")
     block=(--tokens 13000 64000 --experts 8 64 128 --experts-tokens 13000 --rounds 5)
 else
     on=(--cpu) rows=(--rows smoe-2-2-2-2)
+    options=("--chunked-loss 64 --optimizer fused_adam")
     small=(--cpu --threads 1 --scale tiny --tokens 200 --rounds 2)
     batch=(--cpu --threads 1 --scale tiny --least 200 --most 400 --rounds 2)
     block=(--cpu --threads 1 --strata 2-2 --tokens 64 --experts 2 4 --experts-tokens 64 --rounds 2)
-    block+=(--embed-dim 32 --ffn-dim 64)
+    block+=(--embed-dim 32 --ffn-dim 64 --no-memory)
 fi
 
 # step NAME PERCENT COMMAND...: runs it for at most that share of all time
@@ -114,7 +116,7 @@ for backend in grouped_mm loop; do
 done
 step train 12 "$PYTHON" scripts/bench_train.py "${small[@]}" "${rows[@]}" --to "$out/train"
 step options 8 "$PYTHON" scripts/bench_train.py "${small[@]}" --rows smoe-2-2-2-2 \
-    --options "--chunked-loss 1024" "--optimizer fused_adam" --to "$out/options"
+    --options "${options[@]}" --to "$out/options"
 step generate 8 "$PYTHON" scripts/bench_generate.py "${small[@]}" --to "$out/generate" \
     --rows vanilla-moe smoe-4-4 smoe-2-2-2-2
 step batch 6 "$PYTHON" scripts/largest_batch.py "${batch[@]}" --to "$out/batch"

@@ -25,7 +25,7 @@ if [[ $device == cuda ]]; then
     training=(--bf16 --max-tokens 13000 --warmup-updates 1000)
 else
     translation=(--cpu)
-    training=(--cpu --scale tiny --max-update 30)
+    training=(--cpu --scale tiny --max-update 10)
     training+=(--max-source-positions 200 --max-target-positions 200)
 fi
 mkdir -p "$out"

@@ -54,7 +54,7 @@ def test_every_step_runs_and_writes(m4_data, tmp_path):
         numbers = json.loads((out / step / "results.json").read_text())
         assert numbers["results"] and (out / step / "table.md").read_text() in page
     for row in ("vanilla-moe", "smoe-2-2-2-2"):
-        assert re.search(rf"^\| {row} +\| +30 \| +[\d.]+ \| +[\d.]+ \|", page, re.MULTILINE)
+        assert re.search(rf"^\| {row} +\| +10 \| +[\d.]+ \| +[\d.]+ \|", page, re.MULTILINE)
     again = check_gpu(m4_data, out, 40)
     assert again.stdout == f"== {out}/gpu.md\n"  # nothing was left to do
 
