@@ -64,6 +64,7 @@ def test_block(tmp_path):
     assert (tmp_path / "table.md").read_text() in outcome.stdout
 
 
+@pytest.mark.slow
 def test_small_experts(tmp_path):
     words = ("--embed-dim", 32, "--ffn-dim", 64, "--layers", 1, "--experts", 8, "--kept", 2, 8)
     words += ("--tokens", 3, 40, "--sentences", 2, "--vocab", 50, "--length", 5, "--rounds", 3)
@@ -96,6 +97,7 @@ def test_int8(spoken, spoken_data):
     assert any(line.startswith("80 sentences, ") for line in lines)
 
 
+@pytest.mark.slow
 def test_contrast(trained, data, tmp_path):
     words = ("--direction", "en-aa", "--subset", "test", "--sentences", 20, "--rounds", 3)
     command = ("python", SCRIPTS / "bench_contrast.py", trained("smoe"), data, *words)
