@@ -42,7 +42,7 @@ class DaskProcesses:
     def address(self):
         return json.loads(self.file.read_text())["address"]
 
-    def start_worker(self, *before, env=None):
+    def start_worker(self, *before):
         """A worker of one thread, with no nanny that would start it again.
 
         Args:

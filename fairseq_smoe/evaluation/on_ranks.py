@@ -3,7 +3,6 @@
 import json
 import time
 import uuid
-from pathlib import Path
 
 from fairseq_smoe.evaluation.parts import PartFiles
 from fairseq_smoe.evaluation.ranks import PLAN, SHARE_DONE
@@ -92,7 +91,5 @@ def _translate_share(ranks, translator, plan, opened, progress):
             opened = {key: translator.open(*key)}  # the units of a job follow one another
         files = PartFiles(*plan["files"][job])
         part = translator.translate_some(opened[key], indices, progress)
-        name = f"{plan['name']}-{ranks.rank}-{number}"
-        written.append(str(Path(files.folder) / f"{files.direction}.{name}.json"))
-        files.write(name, part)
+        written.append(str(files.write(f"{plan['name']}-{ranks.rank}-{number}", part)))
     return written

@@ -43,9 +43,13 @@ class PartFiles:
 
         Args:
             name: no other part may have it, of this command or an earlier one.
+
+        Returns:
+            The path of its file.
         """
         path = Path(self.folder) / f"{self.direction}.{name}.json"
         write_whole(path, json.dumps({"key": self.key, **asdict(part)}))
+        return path
 
     def read(self):
         """All parts of this key, by name. No sentence is in two."""

@@ -137,7 +137,7 @@ def test_after_the_loss_of_the_scheduler_the_same_command_goes_on(tmp_path, line
     assert contents(target) == contents(tmp_path / "expected")
 
 
-def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path, monkeypatch):
+def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path):
     hidden = tmp_path / "data"
     hidden.mkdir()
     alone = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh")
@@ -146,7 +146,7 @@ def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path, monkeypa
     folder = tmp_path / "dask"
     folder.mkdir()
     with DaskProcesses(folder) as dask:
-        dask.start_worker(*alone[:-1], "sh")
+        dask.start_worker(*alone)
         with pytest.raises(
             OptionError, match=rf"--to {hidden}: the worker on .* does not see this"
         ):
