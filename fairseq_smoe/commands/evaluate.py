@@ -112,10 +112,8 @@ def run(args):
 
 
 def _evaluate(args, ranks):
-    if ranks is not None and args.processes:
-        raise OptionError(
-            f"--processes {args.processes}: torchrun starts the processes; leave it out"
-        )
+    if ranks is not None:
+        ranks.check_processes(args.processes)
     training = find_training(args)
     checkpoint = find_checkpoint(args, training)
     from fairseq_smoe.evaluation import set_up_fairseq

@@ -132,10 +132,7 @@ def run(args):
 
 def _of_rank(args, ranks):
     """The device of this rank."""
-    if args.processes:
-        raise OptionError(
-            f"--processes {args.processes}: torchrun starts the processes; leave it out"
-        )
+    ranks.check_processes(args.processes)
     if args.device == "cpu":
         return args.device
     if args.device != "cuda":

@@ -97,6 +97,17 @@ class Ranks:
     def is_first(self):
         return self.rank == 0
 
+    @staticmethod
+    def check_processes(processes):
+        """
+        Raises:
+            OptionError: --processes is given, although torchrun starts the processes.
+        """
+        if processes:
+            raise OptionError(
+                f"--processes {processes}: torchrun starts the processes; leave it out"
+            )
+
     def gpu(self, number, option):
         """The ``torch.device`` of this rank among ``number`` GPUs.
 

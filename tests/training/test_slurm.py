@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 
 import pytest
 import toy_task
@@ -40,29 +41,39 @@ for _ in $(seq 100); do sleep 0.05; [[ -e $FOLDER/finish ]] && exit "$(<"$FOLDER
 """
 
 
+@contextmanager
+def started(folder, stand_ins, script, *arguments, **variables):
+    """A script as SLURM runs it."""
+    for name, body in {**STAND_INS, **stand_ins}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "preempted").write_text("None\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "FOLDER": str(folder),
+        "SLURM_JOB_NODELIST": "localhost",
+        **variables,
+    }
+    process = subprocess.Popen(
+        ["bash", script, *arguments], env=environment, start_new_session=True
+    )
+    wait_for(folder / "started")
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.fixture(params=[60])
 def job(tmp_path, request):
     """The script as SLURM runs it, for so many seconds already: ``(process, folder)``."""
-    for name, body in {**STAND_INS, "rank": RANK}.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "preempted").write_text("None\n")
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FOLDER": str(tmp_path),
+    variables = {
         "SLURM_JOB_ID": str(os.getpid()),  # of no other job on this machine
-        "SLURM_JOB_NODELIST": "localhost",
         "SLURM_NNODES": "1",
         "SECONDS": str(request.param),  # where bash counts on from
     }
-    process = subprocess.Popen(
-        ["bash", SCRIPT, "m4", "dense"], env=environment, start_new_session=True
-    )
-    wait_for(tmp_path / "started")
-    yield process, tmp_path
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    with started(tmp_path, {"rank": RANK}, SCRIPT, "m4", "dense", **variables) as process:
+        yield process, tmp_path
 
 
 def wait_for(path):
@@ -149,28 +160,11 @@ for _ in $(seq 100); do sleep 0.05; [[ -e $FOLDER/finish ]] && exit "$(<"$FOLDER
 @pytest.fixture
 def translation(tmp_path):
     """The same for scripts/translate.slurm."""
-    for name, body in {**STAND_INS, "torchrun": WORK}.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "preempted").write_text("None\n")
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FOLDER": str(tmp_path),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "localhost",
-        "SLURM_NNODES": "3",
-        "SLURM_GPUS_ON_NODE": "2",
-        "SECONDS": "60",
-    }
-    script = SCRIPT.with_name("translate.slurm")
-    process = subprocess.Popen(
-        ["bash", script, "evaluate", "m4", "dense"], env=environment, start_new_session=True
-    )
-    wait_for(tmp_path / "started")
-    yield process, tmp_path
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    script, words = SCRIPT.with_name("translate.slurm"), ("evaluate", "m4", "dense")
+    variables = {"SLURM_NNODES": "3", "SLURM_GPUS_ON_NODE": "2", "SECONDS": "60"}
+    variables["SLURM_JOB_ID"] = "7"
+    with started(tmp_path, {"torchrun": WORK}, script, *words, **variables) as process:
+        yield process, tmp_path
 
 
 def test_a_translation_is_queued_again_at_the_limit(translation):
