@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,6 +33,7 @@ from benchmarking import add_common_options, in_turns, publish, quartiles, told
 from block_contestants import DenseFFN, ExpertProducts, FairscaleFFN, OneHotBlock, kept_choices
 from block_systems import SYSTEMS, measure_systems
 from block_systems import as_markdown as systems_as_markdown
+from process_memory import added_by
 from tqdm import tqdm
 
 from fairseq_smoe.moe.block import SMoEBlock
@@ -158,15 +158,7 @@ def print_memory(args):
     step(block, make_tokens(args, 16))  # loads the libraries
     block.zero_grad(set_to_none=True)
     x = make_tokens(args, args.tokens[0])
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to what is in use now
-    before = memory_kib("VmRSS")
-    step(block, x)
-    print((memory_kib("VmHWM") - before) // 1024)
-
-
-def memory_kib(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+    print(added_by(lambda: step(block, x)))
 
 
 def as_markdown(results, experts, args):

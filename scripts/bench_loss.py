@@ -10,13 +10,13 @@ and is what the loss takes in addition to features and weight. Example:
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from benchmarking import add_common_options, in_turns, publish, quartiles, told
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from fairseq.optim.adam import Adam
 from fairseq.utils import log_softmax
+from process_memory import added_by
 
 from fairseq_smoe.training.fused_adam import FusedAdam
 from fairseq_smoe.translation.chunked_loss import label_smoothed_loss
@@ -123,15 +123,7 @@ def print_memory(args, device):
         step()
         print((torch.cuda.max_memory_allocated() - before) >> 20)
         return
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to what is in use now
-    before = memory_kib("VmRSS")
-    step()
-    print((memory_kib("VmHWM") - before) // 1024)
-
-
-def memory_kib(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    print(added_by(step))
 
 
 if __name__ == "__main__":

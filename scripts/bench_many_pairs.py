@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from process_memory import memory_kib
 
 WORDS = 1000
 MOST_TOKENS = 250
@@ -126,22 +127,18 @@ def measure(data, args):
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "anonymous_mib": peak["RssAnon"] / 1024,
-        "resident_mib": usage.ru_maxrss / 1024,
+        "resident_mib": peak["VmHWM"] / 1024,  # ru_maxrss begins with this process's own
     }
 
 
 def watch(process, peak):
     """Keep the highest values of a process's memory, in kilobytes, until it ends."""
     while True:
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            return
-        found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE))
+        found = memory_kib(process)
         if "RssAnon" not in found:  # has ended
             return
         for name in peak:
-            peak[name] = max(peak[name], int(found[name]))
+            peak[name] = max(peak[name], found[name])
         time.sleep(0.01)
 
 

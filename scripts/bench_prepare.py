@@ -1,4 +1,4 @@
-"""Time, memory and disk of ``python -m fairseq_smoe prepare`` on one large pair of made-up text, and
+"""Time, memory and disk of ``python -m fairseq_smoe prepare`` on a large pair of made-up text, and
 what follows for more.
 
     python scripts/bench_prepare.py --pairs 20000000 --work /tmp/large --to results/bench_prepare
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from benchmarking import publish
+from process_memory import memory_kib
 from tqdm import tqdm
 
 from fairseq_smoe.preparation.options import STEPS
@@ -92,8 +93,9 @@ class PeakMemory:
     def _watch(self):
         while not self._done.wait(0.2):
             for pid in family(self.pid):
-                own, everything = memory_of(pid)
-                self.own, self.all = max(self.own, own), max(self.all, everything)
+                kib = memory_kib(pid)
+                self.own = max(self.own, kib.get("RssAnon", 0) >> 10)
+                self.all = max(self.all, kib.get("VmRSS", 0) >> 10)
 
 
 def family(pid):
@@ -103,20 +105,6 @@ def family(pid):
     except OSError:
         return []
     return [pid, *(member for child in children for member in family(int(child)))]
-
-
-def memory_of(pid):
-    """MiB of a process now: its own, and with mapped files."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    kib = {
-        line.split(":")[0]: int(line.split()[1])
-        for line in lines
-        if line.startswith(("Rss", "VmRSS"))
-    }
-    return kib.get("RssAnon", 0) >> 10, kib.get("VmRSS", 0) >> 10
 
 
 def measure(args):

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from process_memory import memory_kib
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TASKS = ("translation_multi_simple_epoch", "smoe_translation")
 
@@ -86,9 +88,7 @@ def start(folder, task, directions):
 
 def peak_memory(pid):
     """Largest resident set so far of a running process, in GiB (Linux)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(kib) / 2**20
+    return memory_kib(pid)["VmHWM"] / 2**20
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import gc
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from benchmarking import (
@@ -32,6 +31,7 @@ from benchmarking import (
     start,
     told,
 )
+from process_memory import memory_kib
 from tqdm import tqdm
 
 from fairseq_smoe.diagnosis.untrained import made_up_batch
@@ -130,8 +130,7 @@ def print_peak_memory(args):
         print(torch.cuda.max_memory_allocated() >> 20)
         return
     # not getrusage's maximum, which a process inherits from the one that has started it
-    lines = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) >> 10)
+    print(memory_kib()["VmHWM"] >> 10)
 
 
 if __name__ == "__main__":
