@@ -6,8 +6,8 @@ what follows for more.
 
 The first command writes the text to --work, prepares it with --workers processes, and measures each
 step: seconds, the peak memory of the largest process (its own memory, and with the pages of files
-that it has mapped), and the bytes on disk. The second takes such results and computes the same for
-another number of pairs and workers: time and disk grow with the pairs; time is divided by the
+that it has mapped), and the most bytes on disk. The second takes such results and computes the same
+for another number of pairs and workers: time and disk grow with the pairs; time is divided by the
 workers except in steps that run in one process; memory stays.
 """
 
@@ -15,13 +15,12 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 from benchmarking import publish
-from process_memory import memory_kib
+from process_memory import Peaks
 from tqdm import tqdm
 
 from fairseq_smoe.preparation.options import STEPS
@@ -69,44 +68,6 @@ def write_text(folder, pairs, repeated=0, seed=1):
         file.close()
 
 
-class PeakMemory:
-    """The most memory that a process and those that it has started had at a time, each for itself.
-
-    Attributes:
-        own, all: MiB of the largest process: without and with mapped files.
-    """
-
-    def __init__(self, pid):
-        self.pid = pid
-        self.own = self.all = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self):
-        while not self._done.wait(0.2):
-            for pid in family(self.pid):
-                kib = memory_kib(pid)
-                self.own = max(self.own, kib.get("RssAnon", 0) >> 10)
-                self.all = max(self.all, kib.get("VmRSS", 0) >> 10)
-
-
-def family(pid):
-    """A process and all that it has started."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(member for child in children for member in family(int(child)))]
-
-
 def measure(args):
     """A dict for each step."""
     text, target = args.work / "text", args.work / "data"
@@ -117,25 +78,20 @@ def measure(args):
         command = [sys.executable, "-m", "fairseq_smoe", "prepare", "--from", text, "--to", target]
         command += ["--pairs", "-".join(PAIR), "--vocab-size", "8000", "--workers", args.workers]
         command += ["--steps", step, "--lines-per-shard", args.lines_per_shard, *args.more]
-        process = subprocess.Popen(list(map(str, command)))
         begun = time.monotonic()
-        with PeakMemory(process.pid) as peak:
-            if process.wait():
-                sys.exit(process.returncode)
+        with Peaks(target) as peaks:
+            if subprocess.run(list(map(str, command))).returncode:
+                sys.exit(1)
         results.append(
             {
                 "step": step,
                 "seconds": round(time.monotonic() - begun, 1),
-                "own_mib": peak.own,
-                "all_mib": peak.all,
-                "disk_gib": round(size_of(target) / 2**30, 2),
+                "own_mib": peaks.own_mib,
+                "all_mib": peaks.all_mib,
+                "disk_gib": round(peaks.disk_bytes / 2**30, 2),
             }
         )
     return results
-
-
-def size_of(folder):
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def extrapolate(measured, pairs, workers):
@@ -169,7 +125,7 @@ def as_markdown(results, pairs, workers):
         f"{pairs:,} pairs, {workers} workers",
         "time",
         "largest process, MiB (with mapped files)",
-        "GiB on disk after it",
+        "GiB on disk at most",
     )
     return "\n".join(aligned(header, rows, left=1))
 

@@ -16,6 +16,7 @@ from fairseq_smoe.preparation.pool import collect
 
 SLURM = "slurm"
 SLURM_MEMORY = "8GB"  # of a worker; SentencePiece needs most, 5 GB for a million lines
+DASK_LOGGERS = ("distributed", "distributed.client", "distributed.utils")
 CONNECT_SECONDS = 20
 # a file that another machine has made may be seen late on a network file system
 VISIBLE_SECONDS = 30
@@ -41,7 +42,7 @@ def open_cluster(scheduler, workers, folder):
             f'--scheduler {scheduler}: needs dask; pip install "fairseq-smoe[cluster]"'
         ) from error
     # a lost connection is reported in one line, see ClusterPool
-    for name in ("distributed", "distributed.client", "distributed.utils", "asyncio"):
+    for name in (*DASK_LOGGERS, "tornado.application", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with _cluster(scheduler, workers) as address:
         try:
@@ -129,7 +130,8 @@ class ClusterPool:
         # jobs write files, and so are never the same job to Dask
         with self.client.get_executor(pure=False) as executor:
             try:
-                futures = [executor.submit(on_worker, self.sign, function, job) for job in jobs]
+                sign = (self.sign, VISIBLE_SECONDS)
+                futures = [executor.submit(on_worker, *sign, function, job) for job in jobs]
                 return collect(futures, bar)
             except KilledWorker as error:
                 raise OptionError(
@@ -147,16 +149,17 @@ class ClusterPool:
                 executor.shutdown(wait=False)
 
 
-def on_worker(sign, function, job):
+def on_worker(sign, seconds, function, job):
     """Run a job on a worker.
 
     Args:
         sign: a file that the command has made.
+        seconds: how long to wait for it.
 
     Raises:
         OptionError: the worker does not see it.
     """
-    deadline = time.monotonic() + VISIBLE_SECONDS
+    deadline = time.monotonic() + seconds
     while not sign.exists():
         if time.monotonic() > deadline:
             raise OptionError(

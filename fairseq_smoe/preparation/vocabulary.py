@@ -1,6 +1,7 @@
 """The joint SentencePiece vocabulary: a sample of the text, the model, and fairseq's dictionary."""
 
 import io
+from itertools import islice
 
 import numpy as np
 import sentencepiece as spm
@@ -59,13 +60,20 @@ def write_sample(files, counts, path, temperature, num_lines, seed):
     with whole_file(path) as sample:
         for number, lang in enumerate(sorted(files)):
             rng = np.random.default_rng([seed, number])
-            chosen = np.zeros(totals[lang], dtype=bool)
-            chosen[rng.choice(totals[lang], sizes[lang], replace=False, shuffle=False)] = True
+            chosen = np.sort(rng.choice(totals[lang], sizes[lang], replace=False, shuffle=False))
             start = 0
             for file in files[lang]:
+                stop = start + counts[file]
+                first, last = np.searchsorted(chosen, (start, stop))
                 with open(file, "rb") as lines:
-                    sample.writelines(line for line, wanted in zip(lines, chosen[start:]) if wanted)
-                start += counts[file]
+                    sample.writelines(lines_at(chosen[first:last] - start, lines))
+                start = stop
+
+
+def lines_at(numbers, lines):
+    """The lines with these numbers, which are sorted."""
+    skipped = np.diff(numbers, prepend=-1) - 1
+    return (next(islice(lines, skip, None)) for skip in skipped.tolist())
 
 
 def train_sentencepiece(sample, model_path, vocab_size, character_coverage):

@@ -1,10 +1,10 @@
 """``prepare --scheduler``: the same files from a Dask cluster, whoever dies."""
 
+import json
 import random
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -42,8 +42,6 @@ def expected(text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dask(tmp_path_factory):
     with DaskProcesses(tmp_path_factory.mktemp("dask")) as processes:
-        for _ in range(2):
-            processes.start_worker()
         yield processes
 
 
@@ -59,30 +57,23 @@ def test_a_cluster_gives_the_same_files(text, tmp_path, expected, dask):
     assert not list((tmp_path / "work").glob("cluster-*"))
 
 
-def kill_workers(dask, number, rng, pauses, stop):
-    """Kill a worker and start another, so many times."""
-    workers = [process for process in dask.processes if process is not dask.scheduler]
+def kill_workers(dask, number, stop):
+    """Kill a worker at random and start another, so many times."""
+    rng = random.Random(1)
     for _ in range(number):
-        if stop.wait(rng.uniform(*pauses)):
+        if stop.wait(rng.uniform(1, 4)):
             return
-        victim = workers.pop(rng.randrange(len(workers)))
-        dask.end(victim)
-        workers.append(dask.start_worker())
+        dask.kill_worker(rng.randrange(len(dask.workers)))
+        dask.start_worker()
 
 
-@pytest.mark.parametrize(
-    "lines, kills", [(4_000, 2), pytest.param(60_000, 10, marks=pytest.mark.slow)]
-)
-def test_the_jobs_of_lost_workers_run_again(tmp_path, lines, kills):
-    text, folder = write_texts(tmp_path / "text", lines), tmp_path / "dask"
-    folder.mkdir()
-    options = {**IN_PIECES, "piece-lines": str(lines // 8)}
+def test_the_jobs_of_lost_workers_run_again(tmp_path):
+    text = write_texts(tmp_path / "text", 4_000)
+    options = {**IN_PIECES, "piece-lines": "500"}
     run(text, tmp_path / "expected", **options)
-    with DaskProcesses(folder) as dask:
-        for _ in range(2):
-            dask.start_worker()
-        stop, rng = threading.Event(), random.Random(1)
-        killer = threading.Thread(target=kill_workers, args=(dask, kills, rng, (1, 4), stop))
+    with DaskProcesses(tmp_path / "dask") as dask:
+        stop = threading.Event()
+        killer = threading.Thread(target=kill_workers, args=(dask, 2, stop))
         killer.start()
         run(text, tmp_path / "data", scheduler=dask.address, **options)
         stop.set()
@@ -90,62 +81,53 @@ def test_the_jobs_of_lost_workers_run_again(tmp_path, lines, kills):
     assert contents(tmp_path / "data") == contents(tmp_path / "expected")
 
 
-@pytest.mark.parametrize(
-    "lines, kills", [(4_000, 1), pytest.param(60_000, 3, marks=pytest.mark.slow)]
-)
-def test_after_the_loss_of_the_scheduler_the_same_command_goes_on(tmp_path, lines, kills):
-    text, folder, target = (
-        write_texts(tmp_path / "text", lines),
-        tmp_path / "dask",
-        tmp_path / "data",
-    )
-    folder.mkdir()
-    options = {**IN_PIECES, "piece-lines": str(lines // 8)}
+def test_after_the_loss_of_the_scheduler_the_same_command_goes_on(tmp_path):
+    text, target = write_texts(tmp_path / "text", 4_000), tmp_path / "data"
+    options = {**IN_PIECES, "piece-lines": "500"}
     run(text, tmp_path / "expected", **options)
-    with DaskProcesses(folder) as dask:
-        for attempt in range(kills + 1):
-            if attempt:
-                dask.start_scheduler()
-            workers = [dask.start_worker() for _ in range(2)]
-            command = words(text, target, scheduler=dask.address, **options)
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fairseq_smoe", "prepare", *command],
-                cwd=toy_task.REPOSITORY,
-                env=toy_task.environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            if attempt == kills:
-                break
-            for line in process.stdout:
-                if line.startswith("clean ..."):
-                    break
-            time.sleep(1 + attempt)
-            dask.end(dask.scheduler)
-            for worker in workers:
-                dask.end(worker)
-            stderr = process.communicate(timeout=120)[1]
-            assert process.returncode == 1
-            last = stderr.strip().splitlines()[-1]
-            assert last.startswith(
-                f"error: --scheduler {dask.address}: the connection was lost at "
-            )
-            assert "run the same command" in last and "Traceback" not in stderr, stderr
-        out, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+    with DaskProcesses(tmp_path / "dask") as dask:
+        command = words(text, target, scheduler=dask.address, **options)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fairseq_smoe", "prepare", *command],
+            cwd=toy_task.REPOSITORY,
+            env=toy_task.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        pieces = target / "work" / "clean" / "pieces"
+        wait_until(lambda: any(pieces.glob("*/*.judged.npz")))
+        dask.kill()
+        stderr = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        last = stderr.strip().splitlines()[-1]
+        assert last.startswith(f"error: --scheduler {dask.address}: the connection was lost at ")
+        assert "run the same command" in last and "Traceback" not in stderr, stderr
+        dask.start()
+        run(text, target, scheduler=dask.address, **options)
     assert contents(target) == contents(tmp_path / "expected")
 
 
-def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path):
+@pytest.mark.slow
+def test_ten_workers_and_three_schedulers_are_lost(tmp_path):
+    """scripts/bench_cluster.py; its default is larger, and it takes any size."""
+    words = ("--pairs", 100_000, "--piece-lines", 20_000, "--vocab-size", 500, "--rounds", 1)
+    command = ("python", toy_task.REPOSITORY / "scripts/bench_cluster.py", *words)
+    toy_task.run(*command, "--work", tmp_path / "work", "--to", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [r["kills"] for r in results] == [0, 0, 0, 13]
+    assert all(r["same"] for r in results)
+    assert all(10 < r["clean_mib"] < 512 for r in results)
+
+
+def test_a_worker_that_does_not_see_the_folder_is_named(text, tmp_path, monkeypatch):
     hidden = tmp_path / "data"
     hidden.mkdir()
     alone = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh")
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("this user may not hide a folder from a process")
-    folder = tmp_path / "dask"
-    folder.mkdir()
-    with DaskProcesses(folder) as dask:
+    monkeypatch.setattr(cluster, "VISIBLE_SECONDS", 1)
+    with DaskProcesses(tmp_path / "dask", number=0) as dask:
         dask.start_worker(*alone)
         with pytest.raises(
             OptionError, match=rf"--to {hidden}: the worker on .* does not see this"
