@@ -38,6 +38,7 @@ from fairseq_smoe.text_table import aligned
 CONTESTANTS = ("one", "processes", "cluster", "killed")
 UNTIL_CLEAN = STEPS[: STEPS.index("clean") + 1]
 FIGURES = ("seconds", "clean_mib", "own_mib", "disk_gib")
+SAMPLE_LINES = 100_000  # SentencePiece works in one process, and is not what is compared
 WHOLE_PAIR = 10**9  # lines of a piece: more than any pair has
 
 
@@ -146,6 +147,7 @@ def run(contestant, args, undisturbed):
     data = args.work / "data"
     command = ["-m", "fairseq_smoe", "prepare", "--from", args.work / "text", "--to", data]
     command += ["--pairs", "-".join(PAIR), "--vocab-size", args.vocab_size]
+    command += ["--sample-lines", SAMPLE_LINES]
     command += ["--lines-per-shard", max(1, args.pairs // 4), "--piece-lines"]
     if contestant == "one":
         return measure(data, [*command, WHOLE_PAIR, "--workers", 1], alone)
