@@ -158,7 +158,6 @@ def main():
     if args.work is None:
         parser.error("--work: give a folder for text and data")
     results = measure(args)
-    args.work, args.source = None, None  # are no settings
     publish(as_markdown(results, args.pairs, args.workers), args, {"results": results}, None)
 
 

@@ -225,7 +225,7 @@ def publish(table, args, numbers, draw_to):
         return
     args.to.mkdir(parents=True, exist_ok=True)
     (args.to / "table.md").write_text(table + "\n")
-    hidden = ("to", "memory_of", "dtype", "checkpoint", "data")  # paths and the like
+    hidden = ("to", "memory_of", "dtype", "checkpoint", "data", "work", "source")  # paths and such
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     facts = {**machine(), "settings": settings, **numbers}
     (args.to / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
