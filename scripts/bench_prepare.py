@@ -7,15 +7,15 @@ what follows for more.
 The first command writes the text to --work, prepares it with --workers processes, and measures each
 step: seconds, the peak memory of the largest process (its own memory, and with the pages of files
 that it has mapped), and the most bytes on disk. The second takes such results and computes the same
-for another number of pairs and workers: time and disk grow with the pairs; time is divided by the
-workers except in steps that run in one process; memory stays.
+for a pair of another size and other workers. A job of a piece of text is as long as before, and
+there are more of them; a job of a whole text is longer, and others do not help it; SentencePiece is
+trained on as large a sample as before; what the command does by itself grows with the text.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from fairseq_smoe.text_table import aligned
 PAIR = ("de", "en")
 BLOCK = 100_000  # sentences that are made once, and differ by a number at their end afterwards
 WORDS = 30_000
-IN_ONE_PROCESS = ("fetch", "sentencepiece", "report")
+JOBS_OF_A_PIECE = ("piece", "part", "job")
 
 
 def write_text(folder, pairs, repeated=0, seed=1):
@@ -78,14 +78,15 @@ def measure(args):
         command = [sys.executable, "-m", "fairseq_smoe", "prepare", "--from", text, "--to", target]
         command += ["--pairs", "-".join(PAIR), "--vocab-size", "8000", "--workers", args.workers]
         command += ["--steps", step, "--lines-per-shard", args.lines_per_shard, *args.more]
-        begun = time.monotonic()
         with Peaks(target) as peaks:
             if subprocess.run(list(map(str, command))).returncode:
                 sys.exit(1)
+        facts = json.loads((target / "steps.json").read_text())[step]
         results.append(
             {
                 "step": step,
-                "seconds": round(time.monotonic() - begun, 1),
+                "seconds": facts["seconds"],
+                "parts": facts["parts"],
                 "own_mib": peaks.own_mib,
                 "all_mib": peaks.all_mib,
                 "disk_gib": round(peaks.disk_bytes / 2**30, 2),
@@ -95,20 +96,36 @@ def measure(args):
 
 
 def extrapolate(measured, pairs, workers):
-    """The results for other numbers of pairs and workers."""
+    """The results for a pair of another size and other workers."""
     settings = measured["settings"]
     more = pairs / settings["pairs"]
-    found = []
-    for result in measured["results"]:
-        share = 1 if result["step"] in IN_ONE_PROCESS else settings["workers"] / workers
-        found.append(
-            {
-                **result,
-                "seconds": result["seconds"] * more * share,
-                "disk_gib": result["disk_gib"] * more,
-            }
-        )
-    return found
+    return [
+        {
+            **result,
+            "seconds": seconds_of(result, more, settings["workers"], workers),
+            "disk_gib": result["disk_gib"] * more,
+        }
+        for result in measured["results"]
+    ]
+
+
+def seconds_of(result, more, before, workers):
+    """Seconds of a step for ``more`` times as much text.
+
+    Args:
+        before: workers that it was measured with.
+    """
+    alone = result["seconds"] - sum(part["seconds"] for part in result["parts"])
+    total = max(0, alone) * more
+    for part in result["parts"]:
+        if part["unit"] == "call":  # the training of SentencePiece
+            total += part["seconds"]
+        elif part["unit"] in JOBS_OF_A_PIECE:
+            work = part["seconds"] * min(before, part["jobs"])
+            total += work * more / min(workers, part["jobs"] * more)
+        else:
+            total += part["seconds"] * more
+    return total
 
 
 def as_markdown(results, pairs, workers):

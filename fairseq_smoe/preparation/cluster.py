@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import write_whole
-from fairseq_smoe.preparation.pool import collect
+from fairseq_smoe.preparation.pool import Pool, collect
 
 SLURM = "slurm"
 SLURM_MEMORY = "8GB"  # of a worker; SentencePiece needs most, 5 GB for a million lines
@@ -94,7 +94,7 @@ def _cluster(scheduler, workers):
         yield cluster
 
 
-class ClusterPool:
+class ClusterPool(Pool):
     """As :class:`~fairseq_smoe.preparation.pool.ProcessPool`, on a cluster.
 
     Args:
@@ -104,6 +104,7 @@ class ClusterPool:
     """
 
     def __init__(self, client, scheduler, sign):
+        super().__init__()
         self.client = client
         self.scheduler = scheduler
         self.sign = sign
@@ -112,12 +113,14 @@ class ClusterPool:
         """As of :class:`~fairseq_smoe.preparation.pool.ProcessPool`. The jobs of a worker that is
         lost are run again by others."""
         jobs = list(jobs)
-        with tqdm(total=len(jobs), desc=title, unit=unit, mininterval=0.5) as bar:
+        with self._part(title, unit, len(jobs)) as bar:
             return self._run(function, jobs, title, bar)
 
     def run(self, function, *arguments):
         """``function(*arguments)`` on a worker."""
-        (result,) = self._run(function, [arguments], function.__name__, tqdm(disable=True))
+        title = function.__name__
+        with self._part(title, "call", 1, hide=True) as bar:
+            (result,) = self._run(function, [arguments], title, bar)
         return result
 
     def _run(self, function, jobs, title, bar):

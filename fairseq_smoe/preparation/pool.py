@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -20,7 +21,28 @@ def available_cores():
     return os.cpu_count()
 
 
-class ProcessPool:
+class Pool:
+    """What runs jobs.
+
+    Attributes:
+        parts: what was run so far: ``[{"part": title, "unit": of a job, "jobs": their number,
+            "seconds": of all together}, ...]``
+    """
+
+    def __init__(self):
+        self.parts = []
+
+    @contextmanager
+    def _part(self, title, unit, jobs, hide=False):
+        """A progress bar for some jobs, which are noted among the parts at the end."""
+        begun = time.monotonic()
+        with tqdm(total=jobs, desc=title, unit=unit, mininterval=0.5, disable=hide) as bar:
+            yield bar
+        seconds = round(time.monotonic() - begun, 2)
+        self.parts.append({"part": title, "unit": unit, "jobs": jobs, "seconds": seconds})
+
+
+class ProcessPool(Pool):
     """Processes of this machine.
 
     Args:
@@ -28,6 +50,7 @@ class ProcessPool:
     """
 
     def __init__(self, workers):
+        super().__init__()
         self.workers = workers
 
     def map(self, function, jobs, title, unit):
@@ -40,11 +63,13 @@ class ProcessPool:
             OptionError: ``function`` raised it, or a process was killed, e.g. for lack of memory.
         """
         jobs = list(jobs)
-        bar = tqdm(total=len(jobs), desc=title, unit=unit, mininterval=0.5)
         if self.workers == 1 or len(jobs) < 2:
-            with bar:
+            with self._part(title, unit, len(jobs)) as bar:
                 return [_counted(function, job, bar) for job in jobs]
-        with bar, _processes(min(self.workers, len(jobs))) as processes:
+        with (
+            self._part(title, unit, len(jobs)) as bar,
+            _processes(min(self.workers, len(jobs))) as processes,
+        ):
             try:
                 return collect([processes.submit(function, *job) for job in jobs], bar)
             except BrokenProcessPool as error:
@@ -58,7 +83,7 @@ class ProcessPool:
 
     def run(self, function, *arguments):
         """``function(*arguments)`` in a child process, so that Ctrl-C ends code that ignores it."""
-        with _processes(1) as processes:
+        with self._part(function.__name__, "call", 1, hide=True), _processes(1) as processes:
             return processes.submit(function, *arguments).result()
 
 

@@ -52,7 +52,7 @@ def _run_step(step, plan, pool, record, settings):
         print(f"{step}: already complete")
         return
     print(f"{step} ...", flush=True)
-    started = time.monotonic()
+    started, earlier = time.monotonic(), len(pool.parts)
     try:
         steps.check_input(plan, step)
         getattr(steps, step)(plan, pool)
@@ -63,6 +63,7 @@ def _run_step(step, plan, pool, record, settings):
     record.complete(
         step,
         seconds=round(time.monotonic() - started, 1),
+        parts=pool.parts[earlier:],
         largest_process_so_far_mib=_peak_memory_mib(),
     )
 

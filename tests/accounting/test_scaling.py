@@ -23,6 +23,7 @@ from fairseq_smoe.moe.arrangements.stacking import StackedMoEBlock
 from fairseq_smoe.moe.block import SMoEBlock
 from fairseq_smoe.moe.strata import visit_probabilities
 
+pytestmark = pytest.mark.xdist_group("scaling")  # one worker makes what all of them need
 RANKS = 4
 WORDS = 40
 SENTENCES = 20  # of a batch

@@ -12,6 +12,8 @@ import fork_server
 import pytest
 import toy_task
 
+pytestmark = pytest.mark.slow  # whatever else starts a command tries it as well
+
 PROBE = """
 import atexit, json, os, random, signal, sys, threading
 atexit.register(print, "at the end")
@@ -174,7 +176,6 @@ def test_what_modules_may_read_needs_a_process_of_its_own(variable, monkeypatch)
     assert done.stdout == f"{toy_task.REPOSITORY / 'fairseq_smoe'}\n"
 
 
-@pytest.mark.slow
 def test_commands_print_what_they_print_as_processes(data, short_run, tmp_path):
     """But for what imports print: fairseq's log, on the stream of each command, and errors."""
     generate = ["fairseq-generate", data]

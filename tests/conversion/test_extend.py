@@ -12,6 +12,7 @@ from fairseq.data import Dictionary
 from fairseq_smoe import Translator
 from fairseq_smoe.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("extend")  # one worker makes what all of them need
 OLD = ("en", "aa", "bb")
 
 

@@ -215,6 +215,7 @@ def needed(kind, checkpoint, output, *words):
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_memory_is_less_than_twice_the_model(data, tmp_path):
     """Than the larger of the old and the new one, nearly all of which are experts."""
     sizes = {"encoder_embed_dim": 256, "encoder_ffn_embed_dim": 1024, "encoder_layers": 4}

@@ -119,7 +119,7 @@ def test_translations_stay_with_as_many_as_there_are(trained, data, tmp_path):
 # fewer
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_merged_model_trains_on_and_translates(processes, trained, plain, data, tmp_path):
     """With the options that the command prints; in two processes, which share the experts."""
     source, size = (plain, "--strata=2-4") if processes > 1 else (trained("vanilla"), "--experts=4")

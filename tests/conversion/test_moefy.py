@@ -71,7 +71,6 @@ def losses(data, path, **options):
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-
 # --------------------------------------------------------------------------------------
 # what comes out
 
@@ -335,6 +334,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_memory_is_within_that_of_two_models(data, tmp_path):
     cfg, _, model, _ = toy_task.set_up(data, "--moe-freq", "0", **LARGE)
     state = {
@@ -419,7 +419,9 @@ def untrained(data, folder, name, **options):
 
 def test_other_activations_are_refused(data, tmp_path):
     source = untrained(data, tmp_path, "dense", activation_fn="gelu")
-    with pytest.raises((OptionError, SystemExit), match="--activation-fn gelu.* --finetune-from-model"):
+    with pytest.raises(
+        (OptionError, SystemExit), match="--activation-fn gelu.* --finetune-from-model"
+    ):
         convert(source, tmp_path / "moefied.pt")
 
 
@@ -432,7 +434,9 @@ def test_a_missing_package_is_named(trained, tmp_path, monkeypatch):
     from fairseq_smoe.commands.convert import moefy
 
     monkeypatch.setattr(moefy, "find_spec", lambda name: None)
-    with pytest.raises((OptionError, SystemExit), match="--moefy-split graph: needs the package pymetis; pip"):
+    with pytest.raises(
+        (OptionError, SystemExit), match="--moefy-split graph: needs the package pymetis; pip"
+    ):
         convert(trained("dense"), tmp_path / "moefied.pt", "--moefy-split", "graph")
 
 

@@ -115,6 +115,7 @@ def test_shares_are_equal_and_complete():
                 assert [job for job, _ in share] == sorted(job for job, _ in share)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_see_the_folder_is_named(run):
     """A machine whose folder is another one, as on a file system that is not shared."""
     folder = run / "evaluation"

@@ -12,6 +12,7 @@ import toy_task
 
 from fairseq_smoe.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("line files")  # one worker makes what all of them need
 DIRECTION = ("--source", "en", "--target", "aa")
 
 

@@ -48,6 +48,7 @@ def test_a_killed_rank_is_made_up_for_by_the_same_command(spoken, generated, tmp
     assert not parts.exists() and not part.exists()
 
 
+@pytest.mark.slow
 def test_a_line_that_is_no_text_is_told_once_behind_the_lines_before_it(
     spoken, generated, tmp_path
 ):

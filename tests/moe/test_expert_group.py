@@ -104,7 +104,7 @@ def compare_all(rank, world_size):
         compare(rank, size, dtype=torch.float32, expert_backend="grouped_mm", strata=(2, 2, 2, 2))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_that_share_experts_compute_what_one_computes(world_size):
     run_ranks(compare_all, world_size, world_size)
 

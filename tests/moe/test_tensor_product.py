@@ -344,7 +344,7 @@ def test_gathered_experts_compute_alone():
     run_ranks(check_gathered, 2)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_that_share_experts_compute_what_one_computes(size):
     """Also where a process has no expert of a stratum."""
     run_ranks(compare_in_processes, size, size)

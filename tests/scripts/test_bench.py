@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import toy_task
+from bench_prepare import seconds_of
 
 SCRIPTS = toy_task.REPOSITORY / "scripts"
 
@@ -76,6 +77,7 @@ def test_small_experts(tmp_path):
     assert (tmp_path / "table.md").read_text() in outcome.stdout
 
 
+@pytest.mark.slow
 def test_latency(tmp_path):
     words = ("--scale", "tiny", "--rows", "vanilla-moe", "--length", 8, "--rounds", 3)
     command = ("python", SCRIPTS / "bench_latency.py", *words, "--sentences", 2, "--to", tmp_path)
@@ -88,6 +90,7 @@ def test_latency(tmp_path):
     assert (tmp_path / "table.md").read_text() in outcome.stdout
 
 
+@pytest.mark.slow
 def test_int8(spoken, spoken_data):
     command = ("python", SCRIPTS / "bench_int8.py", spoken, "--data", spoken_data)
     lines = toy_task.run(*command, "--sentences", 20).stdout.splitlines()
@@ -112,16 +115,8 @@ def test_contrast(trained, data, tmp_path):
 def test_prepare(tmp_path):
     script = SCRIPTS / "bench_prepare.py"
     words = ("--pairs", 2500, "--workers", 1, "--steps", "fetch", "verify", "clean")
-    words += (
-        "--repeated",
-        0.1,
-        "--piece-lines",
-        100,
-        "--work",
-        tmp_path / "large",
-        "--to",
-        tmp_path,
-    )
+    words += ("--repeated", 0.1, "--piece-lines", 100, "--work", tmp_path / "large")
+    words += ("--to", tmp_path)
     outcome = toy_task.run("python", script, *words)
     report = json.loads((tmp_path / "results.json").read_text())
     assert [r["step"] for r in report["results"]] == ["fetch", "verify", "clean"]
@@ -132,6 +127,20 @@ def test_prepare(tmp_path):
     more = ("--from", tmp_path, "--pairs", 250_000, "--workers", 4)
     lines = toy_task.run("python", script, *more).stdout.splitlines()
     assert lines[0].startswith("| 250,000 pairs, 4 workers ")
-    seconds = report["results"][2]["seconds"] * 100 / 4
-    expected = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    assert lines[-1].split("|")[2].strip() == expected
+    steps = [line.split("|")[1].strip() for line in lines[2:]]
+    assert steps == ["fetch", "verify", "clean"]
+    parts = {part["part"]: part for part in report["results"][2]["parts"]}
+    assert (parts["write"]["unit"], parts["write"]["jobs"]) == ("piece", 25)
+    assert parts["measure"]["jobs"] == parts["join"]["jobs"] == 1
+
+
+def test_seconds_of_a_larger_pair():
+    parts = (("measure", "pair", 1, 2), ("write", "piece", 10, 30), ("train", "call", 1, 7))
+    step = {
+        "seconds": 40,
+        "parts": [dict(zip(("part", "unit", "jobs", "seconds"), part)) for part in parts],
+    }
+    assert seconds_of(step, 1, 2, 2) == pytest.approx(40)
+    assert seconds_of(step, 1, 2, 1) == pytest.approx(40 + 30)
+    assert seconds_of(step, 3, 2, 6) == pytest.approx(3 + 6 + 30 + 7)
+    assert seconds_of(step, 3, 2, 1000) == pytest.approx(3 + 6 + 6 + 7)  # 30 pieces

@@ -8,7 +8,7 @@ import pytest
 import toy_task
 
 LONGEST = 100  # tokens of a sentence
-ROWS = ("vanilla-moe", "smoe-2-2-2-2")
+ROWS = {"smoe-2-2-2-2": "SMoE-2-2-2-2"}  # and their names
 
 # the toy task as a benchmark: 4 directions, the rows of M4
 TOY = {
@@ -27,14 +27,14 @@ TOY = {
 def test_from_text_to_table_and_pictures(tmp_path):
     started = time.monotonic()
     reproduce(tmp_path)
-    assert time.monotonic() - started < 480  # four minutes on two idle cores
+    assert time.monotonic() - started < 400  # a fraction of it on idle cores
     check_scores(tmp_path)
     check_table(tmp_path)
     check_pictures(tmp_path)
 
 
 def reproduce(folder):
-    """Two rows, from text to pictures."""
+    """From text to pictures."""
     toy_task.write_corpus(folder / "text")
     toy = folder / "toy.json"
     toy.write_text(json.dumps(TOY))
@@ -71,7 +71,7 @@ def check_table(project):
     (path,) = folder.glob("*.csv")
     with open(path, newline="", encoding="utf-8") as handle:
         cells = {(cell["row"], cell["column"]): cell for cell in csv.DictReader(handle)}
-    for row, name in zip(ROWS, ("Vanilla MoE", "SMoE-2-2-2-2")):
+    for row, name in ROWS.items():
         scores = json.loads((run_of(project, row) / "evaluation/test/scores.json").read_text())
         bleu = {d: score["bleu"] for d, score in scores["directions"].items()}
         for direction, score in bleu.items():

@@ -99,6 +99,7 @@ def test_a_translator_of_catalogues_works_unchanged(server, generated, tmp_path)
     assert {entry.msgid: entry.msgstr for entry in polib.pofile(str(path))} == texts
 
 
+pytestmark = pytest.mark.xdist_group("server")  # one worker makes what all of them need
 GOOD = {"q": "en1", "source": "en", "target": "aa"}
 DEEP = b"[" * 200_000
 JSON = {"Content-Type": "application/json"}

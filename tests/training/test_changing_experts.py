@@ -12,6 +12,7 @@ from fairseq_smoe.training.changing_experts import begin_anew
 from fairseq_smoe.translation.layers import expert_layers
 
 WORDS, SENTENCES = 40, 6
+pytestmark = pytest.mark.xdist_group("changing experts")  # one worker makes what all of them need
 MODEL = ["--smoe-strata", "2-2", "--moe-gate", "top-any", "--moe-max-experts", "4"]
 # the experts change after updates 8 and 16, by what is counted from 6 and from 14 on
 INTERVALS = {"dyn_update_interval": 8, "dyn_record_interval": 3}

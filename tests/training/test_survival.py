@@ -222,7 +222,7 @@ def test_killed_at_twenty_random_moments(data, tmp_path, unbroken):
     kill_again_and_again(data, tmp_path / "run", unbroken, points=20)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_process_that_does_not_answer_is_named(size, data, tmp_path):
     """It is stopped, not killed: its connections stay open, and torchrun sees nothing wrong."""
     options = {"distributed_timeout": 5, "max_update": 1000, "moe_expert_parallel_size": size}

@@ -13,7 +13,13 @@ def both_directions(text, lang):
     return [(text / f"test.en-{lang}.{side}").read_text().splitlines() for side in ("en", lang)]
 
 
-@pytest.mark.parametrize("name", toy_task.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("dense", "vanilla", "smoe") else pytest.param(name, marks=pytest.mark.slow)
+        for name in toy_task.MODELS
+    ],
+)
 def test_learns_the_toy_task_and_translates_it(name, data, trained):
     """BLEU of the hardest direction, in which the order of the words turns round."""
     assert generate(data, trained(name), "en-aa", scoring="sacrebleu").bleu > 90
