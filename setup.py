@@ -72,6 +72,7 @@ EXTRAS = {
         "matplotlib",
         "pytest",
         "pymetis",
+        "pytest-timeout",  # a test that hangs is to fail
         "pytest-xdist",  # two test processes at a time
         "hypothesis",
         "import-linter",  # the contract about rooms

@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench_prepare import PAIR, duration, write_text
+from bench_prepare import PAIR, duration, made_text
 from benchmarking import publish
 from dask_processes import DaskProcesses
 from process_memory import Peaks
@@ -105,16 +105,15 @@ def end(process):
 
 def compare(args):
     """A dict for each contestant."""
-    text, data, expected = (args.work / name for name in ("text", "data", "expected"))
-    if not text.exists():
-        write_text(text, args.pairs, args.repeated)
+    text = made_text(args.work, args.pairs, args.repeated)
+    data, expected = args.work / "data", args.work / "expected"
     shutil.rmtree(expected, ignore_errors=True)
     turns = {contestant: [] for contestant in args.contestants}
     for _ in range(args.rounds):
         for contestant, turn in turns.items():
             shutil.rmtree(data, ignore_errors=True)
             undisturbed = median(turns["cluster"], "seconds") if contestant == "killed" else 0
-            turn.append(run(contestant, args, undisturbed))
+            turn.append(run(contestant, text, data, args, undisturbed))
             if expected.exists():
                 turn[-1]["same"] = same_files(expected, data)
             else:
@@ -135,7 +134,7 @@ def median(turns, name):
     return statistics.median(turn[name] for turn in turns)
 
 
-def run(contestant, args, undisturbed):
+def run(contestant, text, data, args, undisturbed):
     """Prepare the text.
 
     Args:
@@ -144,8 +143,7 @@ def run(contestant, args, undisturbed):
     Returns:
         ``{what is measured: number}``
     """
-    data = args.work / "data"
-    command = ["-m", "fairseq_smoe", "prepare", "--from", args.work / "text", "--to", data]
+    command = ["-m", "fairseq_smoe", "prepare", "--from", text, "--to", data]
     command += ["--pairs", "-".join(PAIR), "--vocab-size", args.vocab_size]
     command += ["--sample-lines", SAMPLE_LINES]
     command += ["--lines-per-shard", max(1, args.pairs // 4), "--piece-lines"]

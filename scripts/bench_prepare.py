@@ -32,7 +32,17 @@ WORDS = 30_000
 JOBS_OF_A_PIECE = ("piece", "part", "job")
 
 
-def write_text(folder, pairs, repeated=0, seed=1):
+def made_text(work, pairs, repeated):
+    """The folder of :func:`write_text` in ``work``, written if it is not there."""
+    folder = work / f"text-{pairs}-{repeated:g}"
+    if not folder.exists():
+        unfinished = folder.with_name("unfinished")
+        write_text(unfinished, pairs, repeated)
+        unfinished.rename(folder)
+    return folder
+
+
+def write_text(folder, pairs, repeated, seed=1):
     """Sentences of 3 to 30 words.
 
     Args:
@@ -70,9 +80,7 @@ def write_text(folder, pairs, repeated=0, seed=1):
 
 def measure(args):
     """A dict for each step."""
-    text, target = args.work / "text", args.work / "data"
-    if not (text / "train.de-en.en").exists():
-        write_text(text, args.pairs, args.repeated)
+    text, target = made_text(args.work, args.pairs, args.repeated), args.work / "data"
     results = []
     for step in args.steps:
         command = [sys.executable, "-m", "fairseq_smoe", "prepare", "--from", text, "--to", target]

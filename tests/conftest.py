@@ -46,6 +46,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     # the longest first: at the end, the other workers would wait for it
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(0))
     if config.option.device == "cuda" and not has_gpu():
         for item in items:
             if item.get_closest_marker("gpu"):

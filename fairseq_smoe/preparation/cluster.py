@@ -7,6 +7,7 @@ import time
 import uuid
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from functools import partial
 
 from tqdm import tqdm
 
@@ -129,13 +130,15 @@ class ClusterPool(Pool):
         if not jobs:
             return []
         if not self.client.scheduler_info()["workers"]:
-            tqdm.write(f"{title}: no workers yet at --scheduler {self.scheduler}; waiting for them")
+            where = "; see squeue --me and slurm-*.out" if self.scheduler == SLURM else ""
+            tqdm.write(
+                f"{title}: no workers yet at --scheduler {self.scheduler}; waiting for them{where}"
+            )
         # jobs write files, and so are never the same job to Dask
         with self.client.get_executor(pure=False) as executor:
             try:
-                sign = (self.sign, VISIBLE_SECONDS)
-                futures = [executor.submit(on_worker, *sign, function, job) for job in jobs]
-                return collect(futures, bar)
+                run = partial(executor.submit, on_worker, self.sign, VISIBLE_SECONDS, function)
+                return collect(list(map(run, jobs)), bar)
             except KilledWorker as error:
                 raise OptionError(
                     f"--scheduler {self.scheduler}: several workers died one after another at "

@@ -1,14 +1,14 @@
 """``prepare --scheduler``: the same files from a Dask cluster, whoever dies."""
 
 import json
-import random
+import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import toy_task
+from bench_cluster import Killer
 from dask_processes import DaskProcesses, wait_until
 from prepared_folder import contents, run, words, write_text
 
@@ -57,27 +57,14 @@ def test_a_cluster_gives_the_same_files(text, tmp_path, expected, dask):
     assert not list((tmp_path / "work").glob("cluster-*"))
 
 
-def kill_workers(dask, number, stop):
-    """Kill a worker at random and start another, so many times."""
-    rng = random.Random(1)
-    for _ in range(number):
-        if stop.wait(rng.uniform(1, 4)):
-            return
-        dask.kill_worker(rng.randrange(len(dask.workers)))
-        dask.start_worker()
-
-
 def test_the_jobs_of_lost_workers_run_again(tmp_path):
     text = write_texts(tmp_path / "text", 4_000)
     options = {**IN_PIECES, "piece-lines": "500"}
     run(text, tmp_path / "expected", **options)
     with DaskProcesses(tmp_path / "dask") as dask:
-        stop = threading.Event()
-        killer = threading.Thread(target=kill_workers, args=(dask, 2, stop))
-        killer.start()
-        run(text, tmp_path / "data", scheduler=dask.address, **options)
-        stop.set()
-        killer.join()
+        killer = Killer(dask, seconds=3, workers=2, schedulers=0)
+        killer.finish(["-m", "fairseq_smoe", "prepare", *words(text, tmp_path / "data", **options)])
+    assert killer.kills == 2
     assert contents(tmp_path / "data") == contents(tmp_path / "expected")
 
 
@@ -113,7 +100,10 @@ def test_ten_workers_and_three_schedulers_are_lost(tmp_path):
     """scripts/bench_cluster.py; its default is larger, and it takes any size."""
     words = ("--pairs", 100_000, "--piece-lines", 20_000, "--vocab-size", 500, "--rounds", 1)
     command = ("python", toy_task.REPOSITORY / "scripts/bench_cluster.py", *words)
-    toy_task.run(*command, "--work", tmp_path / "work", "--to", tmp_path)
+    outcome = toy_task.run(*command, "--work", tmp_path / "work", "--to", tmp_path)
+    assert "Traceback" not in outcome.stderr
+    errors = re.findall("^error: .*", outcome.stderr, re.MULTILINE)
+    assert errors and all(error.startswith("error: --scheduler tcp://") for error in errors)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [r["kills"] for r in results] == [0, 0, 0, 13]
     assert all(r["same"] for r in results)
@@ -147,9 +137,11 @@ def test_no_scheduler(text, tmp_path, monkeypatch):
         run(text, tmp_path, scheduler="tcp://127.0.0.1:9", **OPTIONS)
 
 
-# what sbatch does, without a queue: the job runs at once on this machine, in a session of its own
+# what sbatch does, without a queue: the job runs at once on this machine, in a session of its own,
+# from a copy of the script, which may be removed when sbatch ends
 SBATCH = """#!/usr/bin/env bash
-setsid bash "${!#}" >>"$JOBS/log" 2>&1 </dev/null &
+cp "${!#}" "$JOBS/$$.sh"
+setsid bash "$JOBS/$$.sh" >>"$JOBS/log" 2>&1 </dev/null &
 echo $! >>"$JOBS/started"
 echo "Submitted batch job $!"
 """

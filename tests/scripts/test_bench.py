@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import toy_task
-from bench_prepare import seconds_of
+from bench_prepare import duration, seconds_of
 
 SCRIPTS = toy_task.REPOSITORY / "scripts"
 
@@ -132,6 +132,8 @@ def test_prepare(tmp_path):
     parts = {part["part"]: part for part in report["results"][2]["parts"]}
     assert (parts["write"]["unit"], parts["write"]["jobs"]) == ("piece", 25)
     assert parts["measure"]["jobs"] == parts["join"]["jobs"] == 1
+    expected = duration(seconds_of(report["results"][2], 100, 1, 4))
+    assert lines[-1].split("|")[2].strip() == expected
 
 
 def test_seconds_of_a_larger_pair():

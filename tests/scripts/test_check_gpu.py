@@ -67,6 +67,8 @@ def test_every_step_runs_and_writes(m4_data, tmp_path):
         assert numbers["results"] and (out / step / "table.md").read_text() in page
     for row in ("vanilla-moe", "smoe-2-2-2-2"):
         assert re.search(rf"^\| {row} +\| +10 \| +[\d.]+ \| +[\d.]+ \|", page, re.MULTILINE)
+    again = check_gpu(m4_data, out, 40)
+    assert again.stdout == f"== {out}/gpu.md\n"  # nothing was left to do
 
 
 def test_a_step_that_ends_badly_leaves_the_others_alone(tmp_path):

@@ -17,6 +17,8 @@ from served import serving
 
 from fairseq_smoe.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("server")  # one worker makes what all of them need
+
 
 def cases_of(generated):
     return [
@@ -99,7 +101,6 @@ def test_a_translator_of_catalogues_works_unchanged(server, generated, tmp_path)
     assert {entry.msgid: entry.msgstr for entry in polib.pofile(str(path))} == texts
 
 
-pytestmark = pytest.mark.xdist_group("server")  # one worker makes what all of them need
 GOOD = {"q": "en1", "source": "en", "target": "aa"}
 DEEP = b"[" * 200_000
 JSON = {"Content-Type": "application/json"}
