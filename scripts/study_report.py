@@ -11,13 +11,14 @@ import argparse
 import re
 from dataclasses import dataclass
 from functools import partial
-from statistics import mean
+from statistics import mean, median
 
 import numpy as np
 from result_files import markdown, read_csv
 from scipy.stats import ttest_rel
 from study import read_trainings
 from study_scores import KEY, MEAN, STUDY, draws_file, key_of, same, scores_file
+from study_speed import KINDS, speeds_file
 
 from fairseq_smoe.accounting.flops import count_row
 from fairseq_smoe.benchmarks import benchmark as benchmarks
@@ -28,6 +29,8 @@ README = STUDY / "README.md"
 PICTURE = STUDY / "gap.png"
 BASELINE = "vanilla-moe"
 CONTEXT = 30  # tokens that a token attends to, about the mean length of a sentence in pieces
+EXPERTS = ("encoder_experts", "decoder_experts")
+PASSES = ("encoder_capacity", "decoder_capacity")
 BIN = 500  # updates over which training losses are averaged
 
 
@@ -51,10 +54,10 @@ class Result:
         found = [x for x in self.losses if (x["kind"], x["updates"]) == (kind, updates)]
         return float(found[0]["nll_loss"]) if found else None
 
-    def experts(self, side):
-        """Experts that a token visits, on validation text after the last update; None without
-        experts."""
-        found = [x for x in self.losses if x["kind"] == "idev"][-1][f"{side}_experts"]
+    def logged(self, name):
+        """A number of the log, on validation text after the last update; None for a model that has
+        none."""
+        found = [x for x in self.losses if x["kind"] == "idev"][-1][name]
         return float(found) if found else None
 
     def draws(self, text):
@@ -98,6 +101,35 @@ def by_row(found):
     return rows
 
 
+def family_table():
+    """All systems, trained alike: size, cost, quality, and speed relative to the dense model."""
+    speeds = {}
+    for line in read_csv(speeds_file()):
+        ratio = float(line["tokens_per_second"]) / float(line["dense_tokens_per_second"])
+        speeds.setdefault((line["group"], line["row"], line["kind"]), []).append(ratio)
+    lines = []
+    for result in results("family"):
+        training = result.training
+        parameters, flops, _ = count_row(*row_of(training), context=CONTEXT)
+        measured = [speeds.get((training.group, training.row, kind)) for kind in KINDS]
+        lines.append(
+            [
+                *(title(training.row), f"{parameters / 1e6:.2f}M", f"{flops / 1e6:.2f}"),
+                *(told(result.logged(name), 1) for name in (*PASSES, *EXPERTS)),
+                *(told(result.final(text)) for text in ("idev", "flores")),
+                *(told(mean_score([result], "itest", name), 2) for name in ("bleu", "chrf++")),
+                *(told(median(ratios), 2) if ratios else "" for ratios in measured),
+            ]
+        )
+    return markdown(
+        [
+            *("row", "parameters", "MFLOPs", "passes enc", "dec", "experts enc", "dec"),
+            *("loss idev", "loss Flores dev", "BLEU itest", "chrF++", *KINDS),
+        ],
+        lines,
+    )
+
+
 def rate_table():
     rates = {}
     for result in results("rate"):
@@ -121,10 +153,10 @@ def main_table(*groups):
             [
                 *(title(row), ", ".join(map(str, sorted(seeds))), runs[0].training.lr),
                 *(f"{parameters / 1e6:.2f}M", f"{flops / 1e6:.2f}"),
-                *(told(mean_of(run.experts(s) for run in runs), 1) for s in ("encoder", "decoder")),
+                *(told(mean_of(run.logged(name) for run in runs), 1) for name in EXPERTS),
                 *(told(mean_of(run.final(text) for run in runs)) for text in ("idev", "flores")),
                 *(
-                    told(mean_of(run.scores.get(text, {}).get(metric) for run in runs), digits)
+                    told(mean_score(runs, text, metric), digits)
                     for text in ("itest", "flores")
                     for metric, digits in (("bleu", 2), ("chrf++", 1))
                 ),
@@ -152,10 +184,10 @@ def difference_table(*groups, baseline=BASELINE):
         losses = [(a.final("idev"), b.final("idev")) for a, b in pairs]
         cells = [", ".join(map(str, common)), told_difference(losses, 3)]
         for text in ("itest", "flores"):
-            scores = [[r.scores.get(text, {}).get("bleu") for r in pair] for pair in pairs]
-            complete = all(None not in pair for pair in scores)
-            cells.append(told_difference(scores, 2) if complete else "")
-            cells.append(told_bootstrap(pairs, text) if complete else "")
+            both = [pair for pair in pairs if all(text in result.scores for result in pair)]
+            scores = [[result.scores[text]["bleu"] for result in pair] for pair in both]
+            cells.append(told_difference(scores, 2) if both else "")
+            cells.append(told_bootstrap(both, text) if both else "")
         lines.append([title(row), *cells])
     return markdown(
         ["row", "seeds", "loss idev", "BLEU itest", "bootstrap", "BLEU Flores", "bootstrap"], lines
@@ -298,6 +330,12 @@ def mean_of(numbers):
     return None if None in numbers else mean(numbers)
 
 
+def mean_score(runs, text, metric):
+    """Mean over the runs that have translated a text; None if none has."""
+    scores = [run.scores[text][metric] for run in runs if text in run.scores]
+    return mean(scores) if scores else None
+
+
 def told(number, digits=3, sign=False):
     return "" if number is None else f"{number:{'+' if sign else ''}.{digits}f}"
 
@@ -308,6 +346,7 @@ TABLES = {
     "differences": partial(difference_table, "main"),
     "gaps": partial(gap_table, "main"),
     "ideas": ideas_table,
+    "family": family_table,
 }
 
 

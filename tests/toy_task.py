@@ -56,6 +56,18 @@ MODELS = {
     "pesc": ["--smoe-strata", "4-4", "--moe-experts", "adapter", "--pesc-adapter-dim", "32"],
 }
 
+# the task as a benchmark: 4 directions, the rows of M4
+BENCHMARK = {
+    "like": "m4",
+    "title": "Toy",
+    "english": "en",
+    "languages": [{"code": "aa", "resource": "high"}, {"code": "bb", "resource": "low"}],
+    "splits": {"train": "train", "valid": "valid", "test": "test"},
+    "metric": "bleu",
+    "vocab_size": 608,
+    "batch_tokens": 10400,
+}
+
 
 def option_list(options):
     """``{"max_update": 5, "cpu": True}`` -> ``["--max-update", "5", "--cpu"]``; None and False

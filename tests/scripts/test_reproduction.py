@@ -10,18 +10,6 @@ import toy_task
 LONGEST = 100  # tokens of a sentence
 ROWS = {"smoe-2-2-2-2": "SMoE-2-2-2-2", "vanilla-moe": "Vanilla MoE"}  # and their names
 
-# the toy task as a benchmark: 4 directions, the rows of M4
-TOY = {
-    "like": "m4",
-    "title": "Toy",
-    "english": "en",
-    "languages": [{"code": "aa", "resource": "high"}, {"code": "bb", "resource": "low"}],
-    "splits": {"train": "train", "valid": "valid", "test": "test"},
-    "metric": "bleu",
-    "vocab_size": 608,
-    "batch_tokens": 10400,
-}
-
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -39,7 +27,7 @@ def reproduce(folder, rows):
     """From text to pictures."""
     toy_task.write_corpus(folder / "text")
     toy = folder / "toy.json"
-    toy.write_text(json.dumps(TOY))
+    toy.write_text(json.dumps(toy_task.BENCHMARK))
     toy_task.run(
         *("python", "-m", "fairseq_smoe", "prepare", "--benchmark", toy, "--scale", "tiny"),
         *("--from", folder / "text", "--to", folder / "data"),

@@ -10,12 +10,12 @@ from fcntl import LOCK_EX, flock
 import numpy as np
 import pytest
 from evaluation_folders import sentences, worse, write_evaluation
-from toy_task import REPOSITORY
+from toy_task import BENCHMARK, REPOSITORY, run
 
 from fairseq_smoe.benchmarks import benchmark as benchmarks
 
 STUDY = REPOSITORY / "results" / "study"
-SCRIPTS = ("study.py", "study_scores.py", "study_report.py", "result_files.py")
+SCRIPTS = ("study.py", "study_scores.py", "study_report.py", "study_speed.py", "result_files.py")
 RUNS = {
     "short": {
         "benchmark": "study-m4.json",
@@ -56,9 +56,9 @@ def copy(tmp_path):
     return tmp_path
 
 
-def run_study(copy, *words):
+def run_study(copy, *words, script="study.py"):
     return subprocess.run(
-        [sys.executable, copy / "scripts" / "study.py", "--runs", copy / "runs", *words],
+        [sys.executable, copy / "scripts" / script, "--runs", copy / "runs", *map(str, words)],
         check=True,
         capture_output=True,
         text=True,
@@ -101,6 +101,30 @@ def test_a_training_that_another_process_has_is_left_to_it(copy):
         flock(lock, LOCK_EX)
         outcome = run_study(copy, "--data", copy / "nowhere")
     assert "==" not in outcome.stdout and not (folder / "train.log").exists()
+
+
+@pytest.mark.slow
+def test_trained_models_take_turns_with_the_dense_one(copy, text, tmp_path):
+    size = {"layers": 2, "embed_dim": 32, "ffn_embed_dim": 64, "attention_heads": 2}
+    toy = copy / "results" / "study" / "toy.json"
+    toy.write_text(json.dumps({**BENCHMARK, "size": size, "vocab_size": 19}))
+    trainings = [{"row": row, "seed": 1, "lr": "4e-3"} for row in ("dense", "vanilla-moe")]
+    group = {"benchmark": toy.name, "options": {"--max-update": "30"}, "trainings": trainings}
+    (toy.parent / "runs.json").write_text(json.dumps({"family": group}))
+    run(
+        *("python", "-m", "fairseq_smoe", "prepare", "--benchmark", toy, "--from", text),
+        *("--to", tmp_path / "data" / "toy", "--duplicates", "keep", "--held-out", "keep"),
+    )
+    run_study(copy, "--data", tmp_path / "data")
+    last = copy / "runs" / "family" / "dense-lr4e-3-seed1" / "checkpoints" / "checkpoint_last.pt"
+    before = last.read_bytes()
+    words = ("--direction", "en-aa", "--subset", "test", "--shards", 1, "--rounds", 1)
+    run_study(copy, "--data", tmp_path / "data", *words, script="study_speed.py")
+    lines = csv.DictReader((toy.parent / "speeds.csv").read_text().splitlines())
+    speeds = {(x["row"], x["kind"]): float(x["tokens_per_second"]) for x in lines}
+    assert speeds.keys() == {("vanilla-moe", "training"), ("vanilla-moe", "beam search")}
+    assert min(speeds.values()) > 0
+    assert last.read_bytes() == before  # it was not trained on
 
 
 def test_scores_and_draws_are_kept_for_later_comparisons(copy, tmp_path, study, monkeypatch):
