@@ -3,9 +3,9 @@
     python scripts/study_speed.py --data data --runs runs/study
 
 Each model takes turns with the dense one of the same group, every time in a process of its own, as
-in use: it trains on for some updates from its last checkpoint, which is not changed, and translates a
-part of the held-out text with fairseq-generate. Where tokens go decides about the speed, and trained
-gates send them elsewhere than those of a new model. The results are kept in
+in use: it trains on for some updates from its last checkpoint, which is not changed, and translates
+a part of the held-out text with fairseq-generate. Where tokens go decides about the speed, and
+trained gates send them elsewhere than those of a new model. The results are kept in
 results/study/speeds.csv.
 """
 
