@@ -3,7 +3,7 @@
 import shutil
 
 from fairseq_smoe.errors import OptionError
-from fairseq_smoe.inference.sources import SPM
+from fairseq_smoe.translation.task_files import SPM_FILE
 
 QUANTIZATIONS = (
     *("int8", "int8_float32", "int8_float16", "int8_bfloat16"),
@@ -63,7 +63,7 @@ def write(folder, model, options, dictionary, spm, quantization=None):
     spec = specification(model, options, dictionary)
     spec.optimize(quantization=quantization)
     spec.save(str(folder))
-    shutil.copyfile(spm, folder / SPM)
+    shutil.copyfile(spm, folder / SPM_FILE)
 
 
 def use(start):

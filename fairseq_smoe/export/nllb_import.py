@@ -18,8 +18,7 @@ from fairseq_smoe.checkpoints import files
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.export import nllb_folder
 from fairseq_smoe.files import require_new_folder, whole_folder, write_whole
-from fairseq_smoe.inference.sources import SPM
-from fairseq_smoe.translation.task_files import LANGS_FILE
+from fairseq_smoe.translation.task_files import LANGS_FILE, SPM_FILE
 
 SIDES = ("encoder", "decoder")
 CHECKPOINT = "checkpoint_best.pt"  # the name by which a folder's checkpoint is found
@@ -66,7 +65,7 @@ def import_nllb(folder, target, directions=None):
         )
     with whole_folder(target) as part:
         _write_data(part, words, languages)
-        shutil.copyfile(folder / nllb_folder.SPM, part / SPM)
+        shutil.copyfile(folder / nllb_folder.SPM, part / SPM_FILE)
         cfg = _training(part, config, directions)
         task = tasks.setup_task(cfg.task)
         model = task.build_model(cfg.model, from_checkpoint=True).eval()

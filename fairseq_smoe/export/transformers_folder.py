@@ -7,7 +7,7 @@ from pathlib import Path
 from fairseq_smoe.export import travelling
 from fairseq_smoe.export.transformers_model import configuration, parameters
 from fairseq_smoe.files import whole_file, write_whole
-from fairseq_smoe.inference.sources import SPM
+from fairseq_smoe.translation.task_files import SPM_FILE
 
 TRAVELLING = Path(travelling.__file__).parent
 BEAM, LENGTH_PENALTY, MOST_WORDS = 5, 1.0, 200  # the defaults of fairseq-generate
@@ -50,7 +50,7 @@ def write(folder, model, options, dictionary, start, spm):
     _write_json(folder / "generation_config.json", generation(dictionary, start, limit))
     _write_json(folder / "tokenizer_config.json", _tokenizer(start, model.encoder.max_positions()))
     _write_json(folder / "vocab.json", {word: i for i, word in enumerate(dictionary.symbols)})
-    shutil.copyfile(spm, folder / SPM)
+    shutil.copyfile(spm, folder / SPM_FILE)
     shutil.copyfile(TRAVELLING / "tokenization_smoe.py", folder / "tokenization_smoe.py")
     if "auto_map" in config:
         shutil.copyfile(TRAVELLING / "modeling_smoe.py", folder / "modeling_smoe.py")

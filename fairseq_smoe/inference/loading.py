@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.evaluation import set_up_fairseq
-from fairseq_smoe.inference.sources import SPM, Described, Loaded, read_checkpoint
+from fairseq_smoe.inference.sources import Described, Loaded, read_checkpoint
+from fairseq_smoe.translation.task_files import SPM_FILE
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -100,4 +101,4 @@ def load_model(path, data=None):
     described = Described.of(saved)
     model, task = saved.build(described.directions)
     directions = [tuple(direction.split("-")) for direction in described.directions]
-    return Loaded([model], task, folder / SPM, directions, described)
+    return Loaded([model], task, folder / SPM_FILE, directions, described)

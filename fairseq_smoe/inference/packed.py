@@ -21,8 +21,8 @@ from pathlib import Path
 from fairseq_smoe import __version__
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.files import require_new_folder, whole_file, whole_folder, write_whole
-from fairseq_smoe.inference.sources import SPM, Described, Loaded, read_checkpoint
-from fairseq_smoe.translation.task_files import sentencepiece_file
+from fairseq_smoe.inference.sources import Described, Loaded, read_checkpoint
+from fairseq_smoe.translation.task_files import SPM_FILE, sentencepiece_file
 
 WEIGHTS, CONFIG, DICTIONARY = "model.safetensors", "config.json", "dict.txt"
 CARD, SUMS = "README.md", "SHA256SUMS"
@@ -78,7 +78,7 @@ def pack(checkpoint, target, make_card, data=None):
             file.write(save(tensors))
         write_whole(part / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
         models = {sentencepiece_file(folder, lang) for lang in saved.languages()}
-        for path in models | {folder / SPM}:
+        for path in models | {folder / SPM_FILE}:
             shutil.copyfile(path, part / path.name)
         dictionary.save(str(part / DICTIONARY))
         write_whole(part / CARD, card)
@@ -117,7 +117,7 @@ def load(folder):
     described = Described(
         folder, model_options, config["updates"], config["languages"], list(config["directions"])
     )
-    return Loaded([model], task, folder / SPM, directions, described)
+    return Loaded([model], task, folder / SPM_FILE, directions, described)
 
 
 def verify(folder):

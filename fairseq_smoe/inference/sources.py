@@ -6,7 +6,6 @@ from pathlib import Path
 from fairseq_smoe.errors import OptionError
 from fairseq_smoe.translation.task_files import SPM_FILE
 
-SPM = SPM_FILE
 NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")  # in the order in which they are taken
 
 
@@ -115,7 +114,7 @@ def find_data(checkpoint, options, data=None):
     trained = Path(utils.split_paths(options.data)[0])
     candidates = [Path(data)] if data is not None else [trained, *beside]
     for folder in candidates:
-        if (folder / SPM).is_file():
+        if (folder / SPM_FILE).is_file():
             return folder
     given = f"data {data}" if data is not None else f"{checkpoint}: its data folder {trained}"
-    raise OptionError(f"{given}: has no {SPM}; give the output of prepare as data")
+    raise OptionError(f"{given}: has no {SPM_FILE}; give the output of prepare as data")

@@ -20,6 +20,7 @@ from fairseq_smoe.translation.shortened import shorten
 
 logger = logging.getLogger(__name__)
 
+
 class Translator:
     """Translates lists of strings with a trained model, or several together.
 
