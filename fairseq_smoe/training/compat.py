@@ -4,6 +4,7 @@ Each function fixes one thing, and its docstring says what goes wrong without it
 all of them. It is called once, when the plugin is loaded.
 """
 
+import gc
 import importlib.util
 import logging
 import os
@@ -26,6 +27,7 @@ def apply():
     explain_chosen_parts_in_help()
     refuse_options_that_do_not_work()
     print_user_errors_in_one_line()
+    leave_garbage_to_the_parent()
 
 
 def find_torchrun_processes_on_cpu():
@@ -212,3 +214,10 @@ def print_user_errors_in_one_line():
             stock_hook(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def leave_garbage_to_the_parent():
+    """Data workers are forks, made while the loaders of earlier passes over the data may still wait
+    for the garbage collector. In a worker it would try to end those, and print a traceback that
+    ends with "can only test a child process"."""
+    os.register_at_fork(after_in_child=gc.freeze)

@@ -116,3 +116,27 @@ def test_the_log_file_has_every_record_once(data, tmp_path):
     records = [n for n in (tmp_path / "log").read_text().splitlines() if n.startswith("{")]
     assert len(records) >= 24
     assert len(set(records)) == len(records)
+
+
+FORK_WITH_GARBAGE = """
+import gc, os, sys, torch, fairseq_smoe
+if "with-plugin" in sys.argv:
+    fairseq_smoe.register()
+gc.disable()
+loader = iter(torch.utils.data.DataLoader(range(9), num_workers=1))
+next(loader)
+loader.itself = loader
+del loader
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+else:
+    gc.collect()
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("words, told", [((), True), (("with-plugin",), False)])
+def test_a_data_worker_does_not_end_those_of_its_parent(words, told):
+    outcome = toy_task.run("python", "-c", FORK_WITH_GARBAGE, *words, own_process=True)
+    assert ("can only test a child process" in outcome.stderr) == told
