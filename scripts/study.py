@@ -66,6 +66,10 @@ class Training:
     def folder(self, runs):
         return runs / self.group / self.name
 
+    def checkpoint(self, runs):
+        """What the training has come to, or has been saved of it so far."""
+        return self.folder(runs) / "checkpoints" / "checkpoint_last.pt"
+
     def prepared(self, data):
         """Folder of the benchmark's text, of all that prepare has made."""
         return data / Path(self.benchmark).stem
@@ -99,7 +103,11 @@ class Training:
         self._train(self.row, folder, data, {**self.options, **begin})
 
     def _train(self, row, folder, data, options):
-        call(
+        call(*self.command(row, folder, data, options))
+
+    def command(self, row, folder, data, options):
+        """Words of ``python -m fairseq_smoe`` that train a row in a folder."""
+        return (
             *("train", STUDY / self.benchmark, row, "--data", self.prepared(data)),
             *("--run", folder, "--cpu", "--max-tokens", "2000"),
             *("--seed", self.seed, "--lr", self.lr, *words_of(options)),
@@ -109,7 +117,7 @@ class Training:
         call(
             *("evaluate", "--run", self.folder(runs), "--data", self.prepared(data)),
             *("--cpu", "--processes", "1"),
-            *("--checkpoint", self.folder(runs) / "checkpoints" / "checkpoint_last.pt"),
+            *("--checkpoint", self.checkpoint(runs)),
             *("--subset", ",".join(self.subsets), "--max-len-b", "100"),
             *("--metrics", "bleu", "chrf++"),
         )

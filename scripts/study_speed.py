@@ -17,13 +17,12 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from result_files import read_csv, write_csv
-from study import read_trainings, words_of
-from study_scores import STUDY
+from study import read_trainings
+from study_scores import STUDY, replace
 from tqdm import tqdm
 
-import fairseq_smoe
 from fairseq_smoe.plots.train_log import read_log
+from fairseq_smoe.plugin_folder import PLUGIN_FOLDER
 
 DENSE = "dense"
 KINDS = ("training", "beam search")
@@ -37,16 +36,15 @@ def training_speed(training, args):
     last = int(training.options["--max-update"])
     options = {
         **training.options,
-        "--restore-file": checkpoint_of(training, args.runs),
+        "--restore-file": training.checkpoint(args.runs).absolute(),
         "--max-update": last + WARM_UP + args.updates,
         "--log-interval": INTERVAL,
     }
     with tempfile.TemporaryDirectory() as folder:
         printed(
-            *(sys.executable, "-m", "fairseq_smoe", "train", STUDY / training.benchmark),
-            *(training.row, "--cpu", "--max-tokens", "2000", "--seed", training.seed),
-            *("--data", training.prepared(args.data), "--run", folder, "--lr", training.lr),
-            *(*words_of(options), "--no-save", "--disable-validation"),
+            *(sys.executable, "-m", "fairseq_smoe"),
+            *training.command(training.row, folder, args.data, options),
+            *("--no-save", "--disable-validation"),
         )
         logged = read_log(Path(folder) / "train.log")["train_inner"]
     return median(float(x["wps"]) for updates, x in logged.items() if updates > last + WARM_UP)
@@ -57,9 +55,9 @@ def translation_speed(training, args):
     source, target = args.direction.split("-")
     text = printed(
         *(Path(sys.executable).with_name("fairseq-generate"), training.prepared(args.data)),
-        *("--user-dir", Path(fairseq_smoe.__file__).parent, "--task", "smoe_translation"),
+        *("--user-dir", PLUGIN_FOLDER, "--task", "smoe_translation"),
         *("--source-lang", source, "--target-lang", target, "--gen-subset", args.subset),
-        *("--path", checkpoint_of(training, args.runs), "--cpu", "--max-tokens", 2000),
+        *("--path", training.checkpoint(args.runs), "--cpu", "--max-tokens", 2000),
         *("--beam", 5, "--max-len-b", 100, "--num-shards", args.shards, "--shard-id", 0),
     )
     return float(re.search(r"Translated .*, ([\d.]+) tokens/s\)", text)[1])
@@ -72,10 +70,6 @@ def printed(*command):
     if done.returncode:
         sys.exit(f"{done.stderr}\nerror: {' '.join(command)} ended with {done.returncode}")
     return done.stdout + done.stderr
-
-
-def checkpoint_of(training, runs):
-    return training.folder(runs).absolute() / "checkpoints" / "checkpoint_last.pt"
 
 
 def speeds_file():
@@ -112,7 +106,7 @@ def main():
     found = {
         training.row: training
         for training in read_trainings(STUDY / "runs.json")
-        if training.group == args.group and checkpoint_of(training, args.runs).exists()
+        if training.group == args.group and training.checkpoint(args.runs).exists()
     }
     rows = args.rows or [row for row in found if row != DENSE]
     missing = [row for row in (DENSE, *rows) if row not in found]
@@ -122,9 +116,7 @@ def main():
         for row in rows:
             progress.set_description(row)
             lines = compare(found[row], found[DENSE], args, progress)
-            before = read_csv(speeds_file())
-            others = [x for x in before if (x["group"], x["row"]) != (args.group, row)]
-            write_csv(speeds_file(), COLUMNS, [*others, *lines])
+            replace(speeds_file(), COLUMNS, {"group": args.group, "row": row}, lines)
 
 
 if __name__ == "__main__":
